@@ -1,0 +1,163 @@
+"""Multi-head latent attention (paper section 2.1.1; MLA of the release's model.py)."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from dsv3_jax.model.linear import Layer, Linear, Parameters, RMSNorm
+from dsv3_jax.model.rope import rotate, softmax_scale
+from pallas_kernels.decode import matrix_tile
+from pallas_kernels.mla_decode import mla_decode
+from pallas_kernels.mla_prefill import mla_prefill
+
+LORA_NORM_EPS = 1e-6
+"""transformers and the release fix the eps of q_a_layernorm and kv_a_layernorm, whatever rms_norm_eps says."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """Where the new tokens of a batch stand.
+
+    Attributes:
+        rope: float32 [B, T, qk_rope_head_dim], cosines and sines of their positions.
+        start: int32 [B], tokens of each row that came before.
+        valid: bool [B, T], False for padding, which is on the right.
+    """
+
+    rope: Array
+    start: Array
+    valid: Array
+
+
+class MLA(nnx.Module):
+    """Queries and keys of two parts, one without position and one rotated; keys and values from a shared latent.
+
+    Three ways to the same numbers: `fresh` (a chunk attends to itself), `prefix` (a chunk attends to the cache and
+    to itself, heads expanded), `absorbed` (a few tokens attend to the latents themselves).
+    """
+
+    def __init__(self, make: Parameters, stack: tuple[int, ...]):
+        config = make.config
+        heads, rank = config.num_attention_heads, config.kv_lora_rank
+        hidden = config.hidden_size
+        if config.q_lora_rank is None:
+            self.q_proj = Linear(make, stack, heads * config.qk_head_dim, hidden)
+        else:
+            self.q_a_proj = Linear(make, stack, config.q_lora_rank, hidden)
+            self.q_a_layernorm = RMSNorm(make, stack, config.q_lora_rank, LORA_NORM_EPS)
+            self.q_b_proj = Linear(make, stack, heads * config.qk_head_dim, config.q_lora_rank)
+        self.kv_a_proj_with_mqa = Linear(make, stack, rank + config.qk_rope_head_dim, hidden)
+        self.kv_a_layernorm = RMSNorm(make, stack, rank, LORA_NORM_EPS)
+        self.kv_b_proj = Linear(make, stack, heads * (config.qk_nope_head_dim + config.v_head_dim), rank)
+        self.o_proj = Linear(make, stack, hidden, heads * config.v_head_dim)
+        self.config = config
+        self.scale = softmax_scale(config)
+
+    def queries(self, x: Array, rope: Array, layer: Layer) -> tuple[Array, Array]:
+        """[B, T, hidden] -> [B, T, H, qk_nope_head_dim] and rotated [B, T, H, qk_rope_head_dim]."""
+        if self.config.q_lora_rank is None:
+            q = self.q_proj(x, layer)
+        else:
+            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x, layer), layer), layer)
+        q = q.reshape(*x.shape[:2], self.config.num_attention_heads, self.config.qk_head_dim)
+        q_nope, q_rope = jnp.split(q, [self.config.qk_nope_head_dim], axis=-1)
+        return q_nope, rotate(q_rope, rope[:, :, None])
+
+    def latents(self, x: Array, rope: Array, layer: Layer) -> tuple[Array, Array]:
+        """[B, T, hidden] -> normalised latents [B, T, kv_lora_rank], rotated keys [B, T, qk_rope_head_dim]."""
+        compressed = self.kv_a_proj_with_mqa(x, layer)
+        latent, k_rope = jnp.split(compressed, [self.config.kv_lora_rank], axis=-1)
+        return self.kv_a_layernorm(latent, layer), rotate(k_rope, rope)
+
+    def expand(self, latent: Array, layer: Layer) -> tuple[Array, Array]:
+        """Latents [B, S, kv_lora_rank] -> k_nope [B, S, H, qk_nope_head_dim], v [B, S, H, v_head_dim]."""
+        kv = self.kv_b_proj(latent, layer).reshape(*latent.shape[:2], self.config.num_attention_heads, -1)
+        k_nope, v = jnp.split(kv, [self.config.qk_nope_head_dim], axis=-1)
+        return k_nope, v
+
+    def output(self, heads: Array, layer: Layer) -> Array:
+        """[B, T, H, v_head_dim] -> [B, T, hidden]."""
+        return self.o_proj(heads.reshape(*heads.shape[:2], -1), layer)
+
+    def fresh(self, x: Array, chunk: Chunk, layer: Layer) -> tuple[Array, tuple[Array, Array]]:
+        """Attention of sequences that begin with this chunk.
+
+        Returns:
+            [B, T, hidden], and what the cache keeps: latents and rotated keys.
+        """
+        q_nope, q_rope = self.queries(x, chunk.rope, layer)
+        latent, k_rope = self.latents(x, chunk.rope, layer)
+        k_nope, v = self.expand(latent, layer)
+        heads = mla_prefill(q_nope, q_rope, k_nope, k_rope, v, scale=self.scale)
+        return self.output(heads, layer), (latent, k_rope)
+
+    def prefix(
+        self, x: Array, chunk: Chunk, entries: Array, layer: Layer, cache_layer: Array | int
+    ) -> tuple[Array, Array]:
+        """Attention of a chunk that continues what is cached.
+
+        Args:
+            entries: [L, B, S, W], the cache.
+            cache_layer: this layer's index in it.
+
+        Returns:
+            [B, T, hidden], and the cache with the chunk in it.
+        """
+        q_nope, q_rope = self.queries(x, chunk.rope, layer)
+        entries = write_entries(entries, self.latents(x, chunk.rope, layer), chunk, cache_layer)
+        latent, k_rope, _ = jnp.split(entries[cache_layer].astype(x.dtype), self._entry_parts(), axis=-1)
+        k_nope, v = self.expand(latent, layer)
+        heads = mla_prefill(q_nope, q_rope, k_nope, k_rope, v, scale=self.scale, start=chunk.start)
+        return self.output(heads, layer), entries
+
+    def absorbed(
+        self, x: Array, chunk: Chunk, entries: Array, layer: Layer, cache_layer: Array | int
+    ) -> tuple[Array, Array]:
+        """Attention of a few new tokens, without expanding the cache; arguments and results as of `prefix`."""
+        q_nope, q_rope = self.queries(x, chunk.rope, layer)
+        entries = write_entries(entries, self.latents(x, chunk.rope, layer), chunk, cache_layer)
+        key_part, value_part = self._kv_b_parts(layer, x.dtype)
+        q_latent = jnp.einsum("bqhd,hdc->bqhc", q_nope, key_part, precision="highest")
+        lengths = chunk.start + x.shape[1]
+        context, _ = mla_decode(q_latent, q_rope, entries, lengths, scale=self.scale, layer=cache_layer)
+        heads = jnp.einsum("bqhc,hvc->bqhv", context, value_part, precision="highest")
+        return self.output(heads, layer), entries
+
+    def _entry_parts(self) -> list[int]:
+        return [self.config.kv_lora_rank, self.config.kv_lora_rank + self.config.qk_rope_head_dim]
+
+    def _kv_b_parts(self, layer: Layer, dtype: jnp.dtype) -> tuple[Array, Array]:
+        """kv_b_proj by head: [H, qk_nope_head_dim, kv_lora_rank] and [H, v_head_dim, kv_lora_rank]."""
+        weight = self.kv_b_proj.matrix()
+        index = () if layer is None else (layer,)
+        matrix = matrix_tile(weight, index, 0, weight.shape[-2]).astype(dtype)
+        matrix = matrix.reshape(self.config.num_attention_heads, -1, self.config.kv_lora_rank)
+        key_part, value_part = jnp.split(matrix, [self.config.qk_nope_head_dim], axis=1)
+        return key_part, value_part
+
+
+def write_entries(entries: Array, new: tuple[Array, Array], chunk: Chunk, cache_layer: Array | int) -> Array:
+    """Puts the latents and rotated keys of a chunk into the cache; padding is not written.
+
+    Args:
+        entries: [L, B, S, W].
+        new: latents [B, T, kv_lora_rank] and keys [B, T, qk_rope_head_dim].
+    """
+    joined = pack_entries(new, entries)
+    batch, length = joined.shape[:2]
+    position = chunk.start[:, None] + jnp.arange(length)
+    position = jnp.where(chunk.valid, position, entries.shape[2])
+    rows = jnp.arange(batch)[:, None]
+    return entries.at[cache_layer, rows, position].set(joined, mode="drop")
+
+
+def pack_entries(new: tuple[Array, Array], entries: Array) -> Array:
+    """Latents and keys side by side, zero-padded to the width and cast to the type of the cache: [B, T, W]."""
+    joined = jnp.concatenate(new, axis=-1).astype(entries.dtype)
+    return jnp.pad(joined, ((0, 0), (0, 0), (0, entries.shape[-1] - joined.shape[-1])))
+
+
