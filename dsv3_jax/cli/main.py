@@ -1,0 +1,81 @@
+"""The command `dsv3`: runs the command that is asked for, and says in one line what is wrong with its input."""
+
+import argparse
+import importlib.metadata
+import io
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import NoReturn
+
+from dsv3_jax.cli import generate
+from dsv3_jax.cli.report import report
+from dsv3_jax.errors import InputError
+
+COMMANDS = (generate,)
+
+EXIT_BAD_INPUT = 2
+# What a shell reports for a program that the signal ended.
+EXIT_INTERRUPTED = 130
+EXIT_BROKEN_PIPE = 141
+
+
+class _Parser(argparse.ArgumentParser):
+    """Refuses a command line in one line, as all other bad input is refused."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} (see {self.prog} --help)")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands; parsed arguments carry `run`, the command's function."""
+    version = importlib.metadata.version("dsv3-jax")
+    parser = _Parser(prog="dsv3", description="DeepSeek-V3 and its relatives, in JAX.", allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"dsv3 {version}")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        command.add_parser(subparsers)
+    for subparser in subparsers.choices.values():
+        subparser.allow_abbrev = False
+        # Read on either side of the command; a default here would undo the one given before it.
+        subparser.add_argument(
+            "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
+        )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        argv: arguments without the program's name; None takes the process's own.
+
+    Returns:
+        The exit code: 0; 2 where the input was wrong, after a line on stderr that says how (with `--debug`,
+        after the traceback); 130 after ^C; 141 where nobody reads the output any more. A command may give
+        another.
+    """
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    # A terminal that cannot show a character of the model's is no reason to end.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    try:
+        args = build_parser().parse_args(arguments)
+        code = args.run(args)
+        sys.stdout.flush()
+        return code
+    except InputError as error:
+        if "--debug" in arguments:
+            traceback.print_exc()
+        report(error)
+        return EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The interpreter flushes stdout once more on its way out, and would complain there.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
