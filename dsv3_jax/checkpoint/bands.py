@@ -1,5 +1,4 @@
-"""Tensors in bands of rows: read, brought to float32, and stored in another format, a few megabytes at a
-time.
+"""Tensors in bands of rows of about a megabyte: read, brought to float32, brought to FP8.
 
 Shared by import and conversion; numpy only. A one-dimensional tensor is taken as a column.
 """
@@ -9,6 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from dsv3_jax.checkpoint import fp8
+from dsv3_jax.checkpoint.names import SCALE_SUFFIX
 from dsv3_jax.checkpoint.safetensors_file import DTYPES, TensorInfo, read_into
 from dsv3_jax.errors import InputError
 
@@ -24,7 +24,7 @@ def matrix_shape(info: TensorInfo) -> tuple[int, int]:
 
 
 def band_bounds(start: int, stop: int, row_bytes: int, align: int) -> Iterator[tuple[int, int]]:
-    """Cuts rows [start, stop) into bands of about BAND_BYTES, each but the last a multiple of `align` rows."""
+    """Cuts rows [start, stop) into bands of about BAND_BYTES, all but the last whole multiples of `align`."""
     rows = max(align, BAND_BYTES // row_bytes // align * align)
     for first in range(start, stop, rows):
         yield first, min(first + rows, stop)
@@ -45,13 +45,21 @@ def read_rows(fd: int, info: TensorInfo, start: int, stop: int) -> np.ndarray:
 
 
 def check_values(memory: np.ndarray, info: TensorInfo) -> None:
-    """Refuses FP8 values that are NaN, in bytes just read. Raises InputError, naming the tensor.
+    """Refuses FP8 values that are NaN and scales that are not finite, in bytes just read (uint8).
 
-    No release has any; one would spread over a whole block, and decoders that work by shifts turn it into
-    480.
+    No release has any. One NaN spreads over all tokens, and decoders that work by shifts read it as 480.
+
+    Raises:
+        InputError: names the tensor.
     """
-    if info.dtype == "F8_E4M3" and fp8.has_nan(memory):
-        raise InputError(f"{info.path}: corrupt: tensor {info.name} holds NaN; expected finite FP8 values")
+    if info.dtype == "F8_E4M3":
+        finite = not fp8.has_nan(memory)
+    elif info.name.endswith(SCALE_SUFFIX):
+        finite = bool(np.isfinite(memory.view(np.float32)).all())
+    else:
+        return
+    if not finite:
+        raise InputError(f"{info.path}: corrupt: tensor {info.name} holds NaN; expected finite {info.dtype}")
 
 
 def read_scale_rows(fd: int, info: TensorInfo, start: int, stop: int) -> np.ndarray:

@@ -7,7 +7,7 @@ accelerator the memory of one linear at a time is filled, handed over and freed.
 
 import contextlib
 import dataclasses
-import sys
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
@@ -15,20 +15,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding
-from tqdm import tqdm
 
-from dsv3_jax.checkpoint import reading
 from dsv3_jax.checkpoint.folder import Checkpoint
 from dsv3_jax.checkpoint.names import ExpectedTensor, expected_tensors
+from dsv3_jax.checkpoint.reading import Job, in_file_order
 from dsv3_jax.checkpoint.regions import Region, leaf_array, leaf_regions, slots_of
 from dsv3_jax.checkpoint.safetensors_file import DTYPES, OpenFiles
 from dsv3_jax.checkpoint.verify import verify
+from dsv3_jax.checkpoint.workers import progress_bar, run
+from dsv3_jax.config import ModelConfig
 from dsv3_jax.errors import InputError
 from dsv3_jax.model import abstract_params
 from dsv3_jax.precision import WeightFormat
 
 LeafPath = tuple[str, ...]
+Leaves = dict[LeafPath, jax.ShapeDtypeStruct]
 Regions = dict[LeafPath, list[Region]]
+Groups = dict[tuple[LeafPath, ...], list[Job]]
+
+_logger = logging.getLogger(__name__)
 
 
 def stored_format(checkpoint: Checkpoint) -> WeightFormat:
@@ -75,16 +80,10 @@ def load_params(
             or corrupt, FP8 data holds NaN, or the files lack the MTP modules that `mtp` asks for.
         ValueError: `shardings` is not a tree like the result.
     """
-    config = verify(checkpoint)
-    if mtp and not config.num_nextn_predict_layers:
-        raise InputError(
-            f"{checkpoint.folder}: holds no MTP module; expected model.layers.{config.num_hidden_layers}.*"
-        )
-    if not mtp:
-        config = dataclasses.replace(config, num_nextn_predict_layers=0)
+    config = _config_to_read(checkpoint, mtp)
     tensors = list(expected_tensors(config).values())
     target = abstract_params(config, stored_format(checkpoint) if weights == "stored" else weights)
-    leaves: dict[LeafPath, jax.ShapeDtypeStruct] = dict(_flatten(target))
+    leaves: Leaves = dict(_flatten(target))
     if weights == "stored":
         _keep_stored_dtypes(checkpoint, tensors, leaves)
     chosen = {path: _sharding_of(shardings, path) for path in leaves}
@@ -92,49 +91,53 @@ def load_params(
     groups = _jobs_by_linear(checkpoint, tensors, regions)
     if all(_on_cpu(sharding) for sharding in chosen.values()):
         groups = {tuple(leaves): [job for jobs in groups.values() for job in jobs]}
-    arrays: dict[LeafPath, jax.Array] = {}
     total = sum(job.nbytes() for jobs in groups.values() for job in jobs)
-    with OpenFiles() as files, _reporter(progress, total) as report:
-        while groups:
-            paths, jobs = groups.popitem()
+    shown = progress_bar("loading", total) if progress is None else contextlib.nullcontext(progress)
+    arrays: dict[LeafPath, jax.Array] = {}
+    with OpenFiles() as files, shown as report:
+        for paths in list(groups):
             for path in paths:
                 for region in regions[path]:
                     region.allocate()
-            reading.run(jobs, files, report)
-            del jobs
-            for path in paths:
-                arrays[path] = leaf_array(leaves[path].shape, chosen[path], regions.pop(path))
-            if groups:
-                jax.block_until_ready(
-                    [arrays[path] for path in paths]
-                )  # only then is the host memory free again
+            run(in_file_order(groups.pop(paths), files), report)
+            filled = {path: leaf_array(leaves[path].shape, chosen[path], regions.pop(path)) for path in paths}
+            # On an accelerator, the host memory of this group is free once its arrays are there.
+            arrays |= jax.block_until_ready(filled)
     return _unflatten(arrays, target)
 
 
-def _jobs_by_linear(
-    checkpoint: Checkpoint, tensors: list[ExpectedTensor], regions: Regions
-) -> dict[tuple[LeafPath, ...], list[reading.Job]]:
+def _config_to_read(checkpoint: Checkpoint, mtp: bool) -> ModelConfig:
+    """The verified config, with the MTP modules only if they are wanted."""
+    config = verify(checkpoint)
+    if mtp and not config.num_nextn_predict_layers:
+        raise InputError(
+            f"{checkpoint.folder}: no MTP module; expected model.layers.{config.num_hidden_layers}.*"
+        )
+    if config.num_nextn_predict_layers < checkpoint.config.num_nextn_predict_layers:
+        _logger.warning("%s: loaded without the MTP modules that config.json announces", checkpoint.folder)
+    return config if mtp else dataclasses.replace(config, num_nextn_predict_layers=0)
+
+
+def _jobs_by_linear(checkpoint: Checkpoint, tensors: list[ExpectedTensor], regions: Regions) -> Groups:
     """All jobs, grouped by the leaves that they fill: one leaf, or an FP8 weight and its scales."""
-    groups: dict[tuple[LeafPath, ...], list[reading.Job]] = {}
+    groups: Groups = {}
     for tensor in tensors:
         scale = tensor.scale() if tensor.linear else None
         info, slots = checkpoint.tensors[tensor.name], slots_of(tensor, regions[tensor.path])
         scale_info = checkpoint.tensors[scale.name] if scale and info.dtype == "F8_E4M3" else None
         if scale is None or scale.path not in regions:
-            groups.setdefault((tensor.path,), []).append(reading.Job(info, slots, scale_info))
+            groups.setdefault((tensor.path,), []).append(Job(info, slots, scale_info))
             continue
         scale_slots = slots_of(scale, regions[scale.path])
         if scale_info is None:
-            jobs = [reading.Job(info, slots, scale_slots=scale_slots)]
+            jobs = [Job(info, slots, scale_slots=scale_slots)]
         else:
-            jobs = [reading.Job(info, slots), reading.Job(scale_info, scale_slots)]
+            jobs = [Job(info, slots), Job(scale_info, scale_slots)]
         groups.setdefault((tensor.path, scale.path), []).extend(jobs)
     return groups
 
 
-def _keep_stored_dtypes(
-    checkpoint: Checkpoint, tensors: list[ExpectedTensor], leaves: dict[LeafPath, jax.ShapeDtypeStruct]
-) -> None:
+def _keep_stored_dtypes(checkpoint: Checkpoint, tensors: list[ExpectedTensor], leaves: Leaves) -> None:
     """Gives every leaf the widest dtype of its tensors in the files."""
     stored: dict[LeafPath, set[np.dtype]] = {}
     for tensor in tensors:
@@ -177,17 +180,3 @@ def _sharding_of(shardings: Mapping[str, Any] | None, path: LeafPath) -> Shardin
 def _on_cpu(sharding: Sharding | None) -> bool:
     device = jax.devices()[0] if sharding is None else next(iter(sharding.addressable_devices))
     return device.platform == "cpu"
-
-
-@contextlib.contextmanager
-def _reporter(progress: Callable[[int], None] | None, total: int) -> Iterator[Callable[[int], None]]:
-    if progress is not None:
-        yield progress
-        return
-    # disable=None: only on a terminal
-    with tqdm(total=total, desc="loading", unit="B", unit_scale=True, file=sys.stderr, disable=None) as bar:
-
-        def report(count: int) -> None:
-            bar.update(count)
-
-        yield report

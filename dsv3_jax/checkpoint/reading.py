@@ -1,10 +1,8 @@
-"""The reading itself: which bytes of which files go where, by a few threads, in the order of the files."""
+"""What import reads: which bytes of which files go where, in parts of about a megabyte."""
 
 import dataclasses
 import functools
-import threading
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -12,10 +10,7 @@ from dsv3_jax.checkpoint import bands
 from dsv3_jax.checkpoint.fp8 import BLOCK
 from dsv3_jax.checkpoint.regions import Bounds, Slot
 from dsv3_jax.checkpoint.safetensors_file import DTYPES, OpenFiles, TensorInfo, read_into
-
-READ_THREADS = 4  # reads wait for the disk as well as for a core
-
-Work = Callable[[], int]  # returns the bytes it has read
+from dsv3_jax.checkpoint.workers import Work
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +51,7 @@ class Job:
         return BLOCK if self.scale is not None or self.scale_slots else 1
 
     def _row_ranges(self) -> list[Bounds]:
-        """The rows that some slot needs, in order, without overlap; whole blocks where scales are involved."""
+        """The rows that some slot needs, in order, without overlap; whole blocks where there are scales."""
         align, rows = self._align(), bands.matrix_shape(self.info)[0]
         needed = {slot.rows for slot in self.slots} | {slot.blocks().rows for slot in self.scale_slots}
         ranges: list[Bounds] = []
@@ -99,37 +94,10 @@ class Job:
         return stored.nbytes
 
 
-def run(jobs: Iterable[Job], files: OpenFiles, report: Callable[[int], None]) -> None:
-    """Does all jobs, in the order of the files, which is what disks and readahead like.
-
-    Args:
-        report: called with the bytes of each part when it is done, never by two threads at once.
-
-    Raises:
-        InputError: the first error that a thread meets; the others stop at their next part.
-    """
-    ordered = sorted(jobs, key=lambda job: (job.info.path, job.info.offset))
-    works = (work for job in ordered for work in job.works(files))
-    lock, failed = threading.Lock(), threading.Event()
-
-    def worker() -> None:
-        done = 0
-        try:
-            while not failed.is_set():
-                with lock:
-                    report(done)
-                    work = next(works, None)
-                if work is None:
-                    return
-                done = work()
-        except BaseException:
-            failed.set()
-            raise
-
-    with ThreadPoolExecutor(READ_THREADS) as pool:
-        futures = [pool.submit(worker) for _ in range(READ_THREADS)]
-    for future in futures:
-        future.result()
+def in_file_order(jobs: Iterable[Job], files: OpenFiles) -> Iterator[Work]:
+    """The parts of all jobs in the order of the files, which is what disks and readahead like."""
+    for job in sorted(jobs, key=lambda job: (job.info.path, job.info.offset)):
+        yield from job.works(files)
 
 
 def _fill(slot: Slot, values: np.ndarray, first_row: int) -> None:

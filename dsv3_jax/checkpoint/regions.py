@@ -1,4 +1,4 @@
-"""Host memory of parameters while they are read: a region for each distinct shard of a leaf, then an array."""
+"""Host memory of parameters while they are read: one region for each distinct shard of a leaf."""
 
 import dataclasses
 import math
@@ -13,6 +13,7 @@ from dsv3_jax.checkpoint.fp8 import BLOCK
 from dsv3_jax.checkpoint.names import ExpectedTensor
 
 Bounds = tuple[int, int]
+Device = Any  # jax.Device is a variable to type checkers
 
 
 @dataclasses.dataclass(eq=False)
@@ -28,7 +29,7 @@ class Region:
 
     bounds: tuple[Bounds, ...]
     dtype: np.dtype
-    devices: list[jax.Device | None]
+    devices: list[Device | None]
     memory: np.ndarray | None = None
 
     def allocate(self) -> None:
@@ -55,7 +56,7 @@ class Slot(NamedTuple):
     columns: Bounds
 
     def view(self) -> np.ndarray:
-        """The memory, [rows, columns], contiguous, as unsigned integers of the dtype's size, which copy fast."""
+        """The memory, [rows, columns], contiguous, as unsigned integers, which copy fast."""
         region = self.region
         assert region.memory is not None
         bits = region.memory.view(f"u{region.dtype.itemsize}")
@@ -103,7 +104,7 @@ def leaf_array(shape: tuple[int, ...], sharding: Sharding | None, regions: list[
     return jax.make_array_from_single_device_arrays(shape, sharding, shards)
 
 
-def _placement(device: jax.Device | None, sharding: Sharding | None) -> Any:
+def _placement(device: Device | None, sharding: Sharding | None) -> Any:
     if device is None or sharding is None:
         return None
     return SingleDeviceSharding(device, memory_kind=sharding.memory_kind)

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import math
 import os
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -110,7 +111,7 @@ def _tensor_info(path: Path, name: str, entry: object, data_start: int) -> Tenso
     fields = entry if isinstance(entry, dict) else {}
     dtype, shape, offsets = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
     if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
-        raise InputError(f"{path}: corrupt: tensor {name} needs shape and data_offsets; found {entry!r}")
+        raise InputError(f"{path}: corrupt: tensor {name} lacks shape or data_offsets: {entry!r}")
     if not isinstance(dtype, str) or dtype not in _ITEM_BYTES:
         raise InputError(
             f"{path}: tensor {name} has dtype {dtype!r}; expected one of {' '.join(_ITEM_BYTES)}"
@@ -216,6 +217,7 @@ class SafetensorsWriter:
         except OSError as error:
             raise InputError(f"{path}: cannot be written ({error.strerror})") from error
         self._missing = sum(nbytes for _, nbytes in self._ranges.values())
+        self._lock = threading.Lock()
         self._pwrite(header, 0)
 
     def _layout(self, shapes: Mapping[str, tuple[str, tuple[int, ...]]]) -> bytes:
@@ -239,6 +241,8 @@ class SafetensorsWriter:
     def write(self, name: str, data: np.ndarray, offset: int = 0) -> None:
         """Writes a tensor, or the part of it that starts `offset` bytes into it; every byte exactly once.
 
+        Threads may write at the same time.
+
         Raises:
             InputError: the file system refuses (full, for instance).
             ValueError: the part lies outside the tensor.
@@ -247,7 +251,8 @@ class SafetensorsWriter:
         if offset + data.nbytes > nbytes:
             raise ValueError(f"{name}: {data.nbytes} bytes at {offset}; expected at most {nbytes} in all")
         self._pwrite(np.ascontiguousarray(data).reshape(-1).view(np.uint8), start + offset)
-        self._missing -= data.nbytes
+        with self._lock:
+            self._missing -= data.nbytes
 
     def _pwrite(self, data: bytes | np.ndarray, offset: int) -> None:
         view, done = memoryview(data), 0  # pyright: ignore[reportArgumentType]

@@ -1,7 +1,6 @@
-"""Do the files hold the model that `config.json` describes? Answered from headers, before any data is read."""
+"""Do the files hold the model that `config.json` describes? Answered from headers alone."""
 
 import dataclasses
-import logging
 
 from dsv3_jax.checkpoint.folder import Checkpoint
 from dsv3_jax.checkpoint.names import copied_tensors, expected_tensors, is_ignored, mtp_layer_numbers
@@ -10,7 +9,6 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.errors import InputError
 
 FLOAT_DTYPES = ("BF16", "F16", "F32")
-_logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +90,7 @@ def verify(checkpoint: Checkpoint) -> ModelConfig:
     """Checks that the files hold the model.
 
     Returns:
-        The config, with `num_nextn_predict_layers` 0 where the files lack the MTP modules; that is logged.
+        The config, with `num_nextn_predict_layers` 0 where the files lack the MTP modules.
 
     Raises:
         InputError: its details name every tensor that is missing, unexpected, or of wrong shape or dtype.
@@ -103,13 +101,6 @@ def verify(checkpoint: Checkpoint) -> ModelConfig:
             f"{checkpoint.folder}: the tensors are not those of the model in config.json "
             f"({result.as_expected} of {result.expected} as expected; {result.summary()})",
             result.problems(),
-        )
-    announced, present = checkpoint.config.num_nextn_predict_layers, result.config.num_nextn_predict_layers
-    if present < announced:
-        _logger.warning(
-            "%s: config.json announces %d MTP layer(s), the files hold none: loading without",
-            checkpoint.folder,
-            announced,
         )
     return result.config
 
