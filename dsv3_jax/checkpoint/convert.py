@@ -61,6 +61,9 @@ class _Tensor(NamedTuple):
         return specs
 
 
+Shards = dict[str, list[_Tensor]]
+
+
 def convert_checkpoint(
     source: str | Path,
     target: str | Path,
@@ -91,9 +94,9 @@ def convert_checkpoint(
     """
     checkpoint = open_checkpoint(source)
     verify(checkpoint)
-    _refuse_needless(checkpoint, to, ue8m0)
-    quantization = BlockQuantization(scale_fmt="ue8m0" if ue8m0 else None) if to == "float8" else None
     shards = _shards(checkpoint, to, ue8m0)
+    _refuse_needless(checkpoint, shards, to, ue8m0)
+    quantization = BlockQuantization(scale_fmt="ue8m0" if ue8m0 else None) if to == "float8" else None
     request = {"to": to, "ue8m0": ue8m0, "source": fingerprint(checkpoint)}
     total = sum(tensor.info.nbytes for tensors in shards.values() for tensor in tensors)
     shown = progress_bar("converting", total) if progress is None else contextlib.nullcontext(progress)
@@ -111,21 +114,21 @@ def convert_checkpoint(
             write_index(folder / INDEX_FILE, _sizes(shards))
 
 
-def _refuse_needless(checkpoint: Checkpoint, to: str, ue8m0: bool) -> None:
+def _refuse_needless(checkpoint: Checkpoint, shards: Shards, to: str, ue8m0: bool) -> None:
     quantization = checkpoint.config.quantization_config
     if ue8m0 and to != "float8":
         raise InputError("--ue8m0 is about FP8 scales; expected it with --to float8")
     if to == "float8" and quantization is not None and (not ue8m0 or quantization.scale_fmt == "ue8m0"):
         kind = "FP8 with ue8m0 scales" if quantization.scale_fmt else "FP8"
         raise InputError(f"{checkpoint.folder}: is {kind} already; nothing to convert")
-    dtypes = {tensor.info.dtype for tensors in _shards(checkpoint, to, ue8m0).values() for tensor in tensors}
-    if to == "bfloat16" and dtypes <= {"BF16"}:
+    tensors = [tensor for shard in shards.values() for tensor in shard]
+    if to == "bfloat16" and all(tensor.info.dtype == "BF16" for tensor in tensors if tensor.dtype == "BF16"):
         raise InputError(f"{checkpoint.folder}: is BF16 already; nothing to convert")
 
 
-def _shards(checkpoint: Checkpoint, to: str, ue8m0: bool) -> dict[str, list[_Tensor]]:
+def _shards(checkpoint: Checkpoint, to: str, ue8m0: bool) -> Shards:
     """The tensors of every target file, by the file's name."""
-    shards: dict[str, list[_Tensor]] = {}
+    shards: Shards = {}
     for name, info in checkpoint.tensors.items():
         if is_ignored(name) or name.endswith(SCALE_SUFFIX):
             continue
@@ -134,17 +137,16 @@ def _shards(checkpoint: Checkpoint, to: str, ue8m0: bool) -> dict[str, list[_Ten
         if name.endswith("e_score_correction_bias"):
             dtype = "F32"
         shards.setdefault(info.path.name, []).append(_Tensor(info, scale, dtype, ue8m0))
-    return {
-        name: sorted(tensors, key=lambda tensor: tensor.info.offset)
-        for name, tensors in sorted(shards.items())
-    }
+    for tensors in shards.values():
+        tensors.sort(key=lambda tensor: tensor.info.offset)
+    return dict(sorted(shards.items()))
 
 
 def _specs(tensors: list[_Tensor]) -> dict[str, Spec]:
     return {name: spec for tensor in tensors for name, spec in tensor.specs().items()}
 
 
-def _sizes(shards: dict[str, list[_Tensor]]) -> dict[str, tuple[str, int]]:
+def _sizes(shards: Shards) -> dict[str, tuple[str, int]]:
     """Tensor -> (file, bytes), of the target."""
     return {
         name: (file, math.prod(shape) * DTYPES[dtype].itemsize)
@@ -159,7 +161,7 @@ def _is_complete(path: Path, specs: dict[str, Spec]) -> bool:
     return {name: (info.dtype, info.shape) for name, info in read_header(path).items()} == specs
 
 
-def _check_space(folder: Path, shards: dict[str, list[_Tensor]]) -> None:
+def _check_space(folder: Path, shards: Shards) -> None:
     """Better refused now than after hours."""
     needed = sum(nbytes for file, nbytes in _sizes(shards).values() if not (folder / file).exists())
     free = shutil.disk_usage(folder).free
