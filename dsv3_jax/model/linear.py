@@ -92,7 +92,7 @@ class Embedding(nnx.Module):
 
     def __call__(self, tokens: Array) -> Array:
         """int32 [...] -> [..., hidden_size] in the compute dtype."""
-        return self.weight[...][tokens].astype(self.dtype)
+        return to_float32(self.weight[...][tokens]).astype(self.dtype)
 
     def logits(self, x: Array) -> Array:
         """The tied head: [M, hidden_size] -> float32 [M, vocab_size]."""
@@ -112,4 +112,4 @@ class RMSNorm(nnx.Module):
         wide = x.astype(jnp.float32)
         variance = jnp.mean(wide * wide, axis=-1, keepdims=True)
         normalised = (wide * jax.lax.rsqrt(variance + self.eps)).astype(x.dtype)
-        return weight.astype(x.dtype) * normalised
+        return to_float32(weight).astype(x.dtype) * normalised

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jax import Array, lax
 
-MAX_ROW_TILE = 128
+MAX_ROW_TILE = 512
 
 RowTile = Callable[[Array], Array]
 """First row -> float32 [row_tile_size, K], the rows from there on."""
@@ -15,7 +15,7 @@ Group = Callable[[Array, RowTile, Array, Array, Array], Array]
 
 
 def row_tile_size(num_rows: int, num_groups: int) -> int:
-    """Rows multiplied at once: about what a group has on average, a power of two from 1 to 128."""
+    """Rows multiplied at once: about what a group has on average, a power of two from 1 to 512."""
     mean = -(-num_rows // num_groups)
     return min(1 << (mean - 1).bit_length(), MAX_ROW_TILE)
 

@@ -1,0 +1,351 @@
+"""Generation of token ids: one jitted prefill and one jitted decode loop, for batches of mixed lengths."""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Generator, Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.errors import InputError
+from dsv3_jax.generate.sampling import Method, SamplingParams, row_keys, sample
+from dsv3_jax.model.cache import Cache, init_cache
+from dsv3_jax.model.functional import Params, decode_step, extend, prefill
+from dsv3_jax.precision import Precision
+from pallas_kernels.decode import bit_patterns
+
+BUFFER_TOKENS = 64
+"""Tokens a row that one call of the decode loop makes at most, between two looks at ^C and stop strings."""
+
+Stopped = Callable[[int, list[int]], bool]
+
+
+@dataclasses.dataclass
+class Completion:
+    """The result of one row; `finish_reason` is "stop" (an eos id or a stop string) or "length"."""
+
+    prompt_token_ids: list[int]
+    token_ids: list[int]
+    finish_reason: Literal["stop", "length"] = "length"
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LoopState:
+    """What the decode loop carries.
+
+    Attributes:
+        cache: holds all tokens but the last of each row.
+        token: int32 [B], the last token of each row, not yet in the cache.
+        count: int32 [B], new tokens so far, that one included.
+        done: bool [B], rows that get no more tokens.
+        keys: key array [B], each row's own.
+    """
+
+    cache: Cache
+    token: Array
+    count: Array
+    done: Array
+    keys: Array
+
+
+def bucket(length: int) -> int:
+    """Least of 16, 24, 32, 48, 64, 96, ... that is not below `length`: programs are compiled for these only."""
+    size = 16
+    while size < length:
+        if size * 3 // 2 >= length:
+            return size * 3 // 2
+        size *= 2
+    return size
+
+
+class Engine:
+    """Continues batches of token ids with one model.
+
+    Attributes:
+        num_tokens: ids from here on are never generated (rows of the embedding that belong to no token).
+        stats: counts and seconds of the last call.
+    """
+
+    def __init__(
+        self, params: Params, config: ModelConfig, precision: Precision, num_tokens: int | None = None
+    ):
+        # Not a copy: see bit_patterns.
+        self.params = bit_patterns(params) if jax.default_backend() == "cpu" else params
+        self.config = config
+        self.precision = precision
+        self.num_tokens = min(num_tokens or config.vocab_size, config.vocab_size)
+        self.stats: dict[str, float] = {}
+        self._previous: tuple[list[int], Cache] | None = None
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingParams,
+        *,
+        stopped: Stopped | None = None,
+    ) -> list[Completion]:
+        """Continues all prompts to their end; see `stream` for arguments and errors."""
+        steps = self.stream(prompts, sampling, stopped=stopped, chunk=BUFFER_TOKENS)
+        while True:
+            try:
+                next(steps)
+            except StopIteration as end:
+                return end.value
+
+    def stream(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingParams,
+        *,
+        stopped: Stopped | None = None,
+        chunk: int = 1,
+    ) -> Generator[list[list[int]], None, list[Completion]]:
+        """Continues a batch and hands out tokens as they come.
+
+        Args:
+            prompts: token ids of each row; lengths may differ.
+            stopped: asked after every chunk with the row and all its new ids, whether the row ends there.
+            chunk: decode steps between two yields, at most 64.
+
+        Yields:
+            The new ids of every row since the last yield, without eos ids.
+
+        Returns:
+            One `Completion` a row.
+
+        Raises:
+            InputError: a prompt is empty, holds an id out of range, or does not fit the context.
+        """
+        self.check(prompts, sampling)
+        completions = [Completion(list(prompt), []) for prompt in prompts]
+        self.stats = {"prompt_tokens": sum(map(len, prompts)), "new_tokens": 0}
+        if sampling.max_new_tokens == 0:
+            return completions
+        started = time.perf_counter()
+        state = self._start(prompts, sampling)
+        tokens = np.asarray(state.token)[:, None]
+        prefilled = time.perf_counter()
+        self.stats["prefill_seconds"] = prefilled - started
+        decode_seconds, steps = 0.0, 0
+        while True:
+            new = _collect(tokens, completions, sampling)
+            stop = [row for row, c in enumerate(completions) if stopped and stopped(row, c.token_ids)]
+            for row in stop:
+                completions[row].finish_reason = "stop"
+            self.stats["new_tokens"] = sum(len(c.token_ids) for c in completions)
+            self.stats["decode_seconds"] = decode_seconds
+            self.stats["decode_tokens_per_second"] = steps / decode_seconds if decode_seconds else 0.0
+            self._remember(completions, state)
+            yield new
+            done = np.asarray(state.done) | np.isin(np.arange(len(prompts)), stop)
+            if done.all():
+                return completions
+            begun = time.perf_counter()
+            state = dataclasses.replace(state, done=jnp.asarray(done))
+            buffer, state = self._decode(state, sampling, chunk)
+            tokens = np.asarray(buffer)
+            decode_seconds += time.perf_counter() - begun
+            steps += int((tokens >= 0).sum())
+
+    def check(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> None:
+        """Raises InputError where `stream` would refuse the prompts."""
+        for row, prompt in enumerate(prompts):
+            if not len(prompt):
+                raise InputError(f"prompt {row + 1} is empty; expected at least one token")
+            for token in prompt:
+                if not 0 <= token < self.config.vocab_size:
+                    raise InputError(
+                        f"prompt {row + 1}: token id {token} is out of range; "
+                        f"expected 0 to {self.config.vocab_size - 1}"
+                    )
+            total = len(prompt) + sampling.max_new_tokens
+            if total > self.config.max_position_embeddings:
+                raise InputError(
+                    f"prompt {row + 1}: {len(prompt)} tokens and --max-new-tokens {sampling.max_new_tokens} do not "
+                    f"fit the context; expected at most {self.config.max_position_embeddings} together"
+                )
+
+    def _start(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> LoopState:
+        longest = max(map(len, prompts))
+        limit = self.config.max_position_embeddings
+        capacity = min(bucket(longest + sampling.max_new_tokens), limit)
+        keys = row_keys(sampling.seed, prompts)
+        cache, known = self._known_prefix(prompts, capacity)
+        rest = [prompt[known:] for prompt in prompts]
+        tokens, lengths = pad_rows(rest, min(bucket(max(map(len, rest))), cache.capacity))
+        program = _extend_program if known else _prefill_program
+        return program(
+            self.params,
+            tokens,
+            lengths,
+            cache,
+            keys,
+            sampling.numbers(),
+            self._eos(sampling),
+            jnp.int32(sampling.max_new_tokens),
+            **self._static(sampling),
+        )
+
+    def _known_prefix(self, prompts: Sequence[Sequence[int]], capacity: int) -> tuple[Cache, int]:
+        """A cache with room for the batch, and how many tokens of the prompts are in it already.
+
+        A conversation's next turn begins with what the last one left in the cache.
+        """
+        previous, self._previous = self._previous, None
+        if previous is not None and len(prompts) == 1:
+            tokens, cache = previous
+            pairs = zip(tokens, prompts[0][:-1], strict=False)
+            known = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(tokens), len(prompts[0]) - 1))
+            if known and cache.capacity >= capacity:
+                return dataclasses.replace(cache, lengths=jnp.full(1, known, jnp.int32)), known
+        return init_cache(self.config, len(prompts), capacity, self.precision.dtype), 0
+
+    def _remember(self, completions: list[Completion], state: LoopState) -> None:
+        if len(completions) == 1:
+            cached = completions[0].prompt_token_ids + completions[0].token_ids
+            self._previous = (cached[: int(state.cache.lengths[0])], state.cache)
+
+    def _decode(self, state: LoopState, sampling: SamplingParams, chunk: int) -> tuple[Array, LoopState]:
+        self._previous = None  # its cache is donated
+        return _decode_program(
+            self.params,
+            state,
+            sampling.numbers(),
+            self._eos(sampling),
+            jnp.int32(sampling.max_new_tokens),
+            jnp.int32(min(chunk, BUFFER_TOKENS)),
+            **self._static(sampling),
+        )
+
+    def _static(self, sampling: SamplingParams) -> dict:
+        return {
+            "config": self.config,
+            "precision": self.precision,
+            "method": sampling.method,
+            "num_tokens": self.num_tokens,
+        }
+
+    def _eos(self, sampling: SamplingParams) -> Array:
+        ids = () if sampling.ignore_eos else sampling.eos_token_ids
+        # At least one entry, so that the number of eos ids seldom compiles a program anew.
+        return jnp.asarray((*ids, *[-1] * (4 - len(ids))), jnp.int32)
+
+
+def pad_rows(rows: Sequence[Sequence[int]], length: int) -> tuple[Array, Array]:
+    """Rows of ids, right-padded with 0: int32 [B, length], and their lengths, int32 [B]."""
+    tokens = np.zeros((len(rows), length), np.int32)
+    for i, row in enumerate(rows):
+        tokens[i, : len(row)] = row
+    return jnp.asarray(tokens), jnp.asarray([len(row) for row in rows], jnp.int32)
+
+
+def _collect(
+    tokens: np.ndarray, completions: list[Completion], sampling: SamplingParams
+) -> list[list[int]]:
+    """Appends the new ids [B, n] (-1 where a row had none) to the completions and returns them by row."""
+    eos = () if sampling.ignore_eos else sampling.eos_token_ids
+    new = []
+    for row, completion in enumerate(completions):
+        ids = [int(token) for token in tokens[row] if token >= 0]
+        if ids and ids[-1] in eos:
+            ids.pop()
+            completion.finish_reason = "stop"
+        completion.token_ids.extend(ids)
+        new.append(ids)
+    return new
+
+
+def _next_token(
+    logits: Array, keys: Array, count: Array, numbers: Array, method: Method, num_tokens: int
+) -> Array:
+    if num_tokens < logits.shape[-1]:
+        logits = jnp.where(jnp.arange(logits.shape[-1]) < num_tokens, logits, -jnp.inf)
+    return sample(logits, jax.vmap(jax.random.fold_in)(keys, count), numbers, method)
+
+
+def _first_token(
+    run: Callable,
+    params: Params,
+    tokens: Array,
+    lengths: Array,
+    cache: Cache,
+    keys: Array,
+    numbers: Array,
+    eos: Array,
+    max_new_tokens: Array,
+    *,
+    config: ModelConfig,
+    precision: Precision,
+    method: Method,
+    num_tokens: int,
+) -> LoopState:
+    logits, cache = run(params, tokens, lengths, cache, config=config, precision=precision)
+    count = jnp.zeros_like(lengths)
+    token = _next_token(logits, keys, count, numbers, method, num_tokens)
+    done = (token[:, None] == eos).any(-1) | (max_new_tokens <= 1)
+    return LoopState(cache, token, count + 1, done, keys)
+
+
+def decode_loop(
+    params: Params,
+    state: LoopState,
+    numbers: Array,
+    eos: Array,
+    max_new_tokens: Array,
+    num_steps: Array,
+    *,
+    config: ModelConfig,
+    precision: Precision,
+    method: Method,
+    num_tokens: int,
+) -> tuple[Array, LoopState]:
+    """Decodes until every row is done or `num_steps` steps are.
+
+    Args:
+        state: of the prefill or of an earlier call.
+        numbers: float32 [4] of `SamplingParams.numbers`.
+        eos: int32 [n], ids that end a row; -1 entries are ignored.
+        max_new_tokens: int32 scalar.
+        num_steps: int32 scalar, at most 64.
+        method, num_tokens: static; how to sample, and how many ids may be.
+
+    Returns:
+        int32 [B, 64], the new tokens by step, -1 where a row was done, and the state.
+    """
+
+    def body(carry: tuple[Array, Array, LoopState]) -> tuple[Array, Array, LoopState]:
+        step, buffer, state = carry
+        live = ~state.done
+        logits, cache = decode_step(
+            params, state.token, state.cache, live, config=config, precision=precision
+        )
+        token = _next_token(logits, state.keys, state.count, numbers, method, num_tokens)
+        count = state.count + live
+        done = state.done | (token[:, None] == eos).any(-1) | (count >= max_new_tokens)
+        buffer = lax.dynamic_update_slice(buffer, jnp.where(live, token, -1)[:, None], (0, step))
+        token = jnp.where(live, token, state.token)
+        return step + 1, buffer, LoopState(cache, token, count, done, state.keys)
+
+    def unfinished(carry: tuple[Array, Array, LoopState]) -> Array:
+        step, _, state = carry
+        return (step < num_steps) & ~state.done.all()
+
+    buffer = jnp.full((state.token.shape[0], BUFFER_TOKENS), -1, jnp.int32)
+    _, buffer, state = lax.while_loop(unfinished, body, (jnp.int32(0), buffer, state))
+    return buffer, state
+
+
+_STATIC = ("config", "precision", "method", "num_tokens")
+_prefill_program = jax.jit(
+    functools.partial(_first_token, prefill), static_argnames=_STATIC, donate_argnames="cache"
+)
+_extend_program = jax.jit(
+    functools.partial(_first_token, extend), static_argnames=_STATIC, donate_argnames="cache"
+)
+_decode_program = jax.jit(decode_loop, static_argnames=_STATIC, donate_argnames="state")
