@@ -1,4 +1,4 @@
-"""The command `dsv3`: runs the command that is asked for, and says in one line what is wrong with its input."""
+"""The command `dsv3`: runs the command asked for, and says in one line what is wrong with its input."""
 
 import argparse
 import importlib.metadata

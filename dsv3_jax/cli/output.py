@@ -31,7 +31,7 @@ def check_output_file(path: Path, flag: str) -> None:
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Gives a path beside `path` to write to; it takes its place if the block succeeds, else it is removed."""
+    """Gives a path beside `path` to write to; it takes its place where the block succeeds."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield unfinished

@@ -65,7 +65,7 @@ def token_id_prompts(lists: Sequence[str]) -> list[Prompt]:
 def read_prompt_file(path: Path) -> list[Prompt]:
     """Reads a file of prompts, one a line.
 
-    A line is the prompt itself; or, in a file that is called `.jsonl` or whose first line is such an object, a
+    A line is the prompt itself; or, in a file called `.jsonl` or whose first line is such an object, a
     JSON object with `prompt` (a text) or `messages` (a conversation). Empty lines at the end do not count.
 
     Raises:
@@ -119,7 +119,7 @@ def encode_prompt(prompt: Prompt, tokenizer: Tokenizer | None, chat: ChatOptions
 
 
 def check_token_ids(ids: Sequence[int], source: str, config: ModelConfig, new_tokens: int) -> None:
-    """Raises InputError, beginning with `source`, where the model cannot make `new_tokens` tokens after them."""
+    """Raises InputError, beginning with `source`, where the model cannot make so many tokens after them."""
     for token_id in ids:
         if not 0 <= token_id < config.vocab_size:
             raise InputError(

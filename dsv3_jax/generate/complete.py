@@ -18,7 +18,7 @@ class TextCompletion:
     Attributes:
         prompt_token_ids: ids of the prompt, BOS included where there is one.
         token_ids: ids of the continuation; where a stop string was found, up to the one that completed it.
-        text: the continuation alone, without special tokens, cut before a stop string; None without tokenizer.
+        text: the continuation, without special tokens, cut before a stop string; None without tokenizer.
         finish_reason: "stop" at an eos id, a stop string or an interruption, else "length".
     """
 
@@ -51,7 +51,7 @@ def complete(
         interrupted: asked now and then (after every token with `on_text`); once it is true, all rows end.
 
     Raises:
-        InputError: a prompt does not fit the model, a stop string is empty, or no tokenizer is there to find it.
+        InputError: a prompt does not fit the model, or there is no tokenizer to find a stop string with.
     """
     if tokenizer is None:
         if stop:

@@ -70,7 +70,6 @@ def last_merge(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes] 
     `tiktoken` joins, again and again, the neighbours whose union has the lowest rank, the leftmost of equals.
     What lies around a token cannot change the order in which its own bytes are joined, hence there is one
     such pair, and a BPE with exactly these merges in the order of their ranks gives what `tiktoken` gives.
-    (All splits of a token, which converters often list, differ where two of them overlap: `ab|a|ba`.)
     """
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
