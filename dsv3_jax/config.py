@@ -201,7 +201,9 @@ class _Reader:
             num_nextn_predict_layers=self.mtp_layers(is_v3),
             tie_word_embeddings=self.choice("tie_word_embeddings", False, (False, True)),
             initializer_range=self.number("initializer_range", 0.02),
-            bos_token_id=None if self.hf.get("bos_token_id") is None else self.integer("bos_token_id", least=0),
+            bos_token_id=None
+            if self.hf.get("bos_token_id") is None
+            else self.integer("bos_token_id", least=0),
             eos_token_id=token_ids(self.hf.get("eos_token_id"), f"{self.source}: eos_token_id"),
             quantization_config=self.quantization(),
             torch_dtype=self.dtype(),

@@ -34,7 +34,14 @@ def bit_patterns(tree: Any) -> Any:
 
     def pattern(array: Array) -> Array:
         integer = integers.get(array.dtype)
-        return array if integer is None else jnp.asarray(np.asarray(array).view(integer))
+        if integer is None:
+            return array
+        # device_put, unlike jnp.asarray, takes the memory as it is.
+        shards = [
+            jax.device_put(np.asarray(shard.data).view(integer), shard.device)
+            for shard in array.addressable_shards
+        ]
+        return jax.make_array_from_single_device_arrays(array.shape, array.sharding, shards)
 
     return jax.tree.map(pattern, tree)
 

@@ -201,7 +201,9 @@ class Engine:
         if previous is not None and len(prompts) == 1:
             tokens, cache = previous
             pairs = zip(tokens, prompts[0][:-1], strict=False)
-            known = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(tokens), len(prompts[0]) - 1))
+            known = next(
+                (i for i, (a, b) in enumerate(pairs) if a != b), min(len(tokens), len(prompts[0]) - 1)
+            )
             if known and cache.capacity >= capacity:
                 return dataclasses.replace(cache, lengths=jnp.full(1, known, jnp.int32)), known
         return init_cache(self.config, len(prompts), capacity, self.precision.dtype), 0
@@ -245,9 +247,7 @@ def pad_rows(rows: Sequence[Sequence[int]], length: int) -> tuple[Array, Array]:
     return jnp.asarray(tokens), jnp.asarray([len(row) for row in rows], jnp.int32)
 
 
-def _collect(
-    tokens: np.ndarray, completions: list[Completion], sampling: SamplingParams
-) -> list[list[int]]:
+def _collect(tokens: np.ndarray, completions: list[Completion], sampling: SamplingParams) -> list[list[int]]:
     """Appends the new ids [B, n] (-1 where a row had none) to the completions and returns them by row."""
     eos = () if sampling.ignore_eos else sampling.eos_token_ids
     new = []

@@ -159,5 +159,3 @@ def pack_entries(new: tuple[Array, Array], entries: Array) -> Array:
     """Latents and keys side by side, zero-padded to the width and cast to the type of the cache: [B, T, W]."""
     joined = jnp.concatenate(new, axis=-1).astype(entries.dtype)
     return jnp.pad(joined, ((0, 0), (0, 0), (0, entries.shape[-1] - joined.shape[-1])))
-
-

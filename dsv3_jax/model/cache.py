@@ -33,7 +33,9 @@ class Cache:
         return self.entries.shape[2]
 
 
-def init_cache(config: ModelConfig, batch: int, capacity: int, dtype: str, num_layers: int | None = None) -> Cache:
+def init_cache(
+    config: ModelConfig, batch: int, capacity: int, dtype: str, num_layers: int | None = None
+) -> Cache:
     """An empty cache for `batch` sequences of up to `capacity` tokens.
 
     Args:

@@ -76,5 +76,3 @@ def combine_weights(scores: Array, ids: Array, config: ModelConfig) -> Array:
     if config.norm_topk_prob:
         weights = weights / (weights.sum(-1, keepdims=True) + 1e-20)
     return weights * config.routed_scaling_factor
-
-

@@ -28,7 +28,9 @@ def grouped_transposed(d_out: Array, weight: Array, group_sizes: Array, index: t
 
         def row_tile(i: Array, out: Array) -> Array:
             first = start + i * size
-            return lax.dynamic_update_slice(out, jnp.dot(rows(first), matrix, precision=PRECISION), (first, 0))
+            return lax.dynamic_update_slice(
+                out, jnp.dot(rows(first), matrix, precision=PRECISION), (first, 0)
+            )
 
         return lax.fori_loop(0, count, row_tile, out)
 

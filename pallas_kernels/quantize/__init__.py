@@ -10,7 +10,13 @@ from pallas_kernels.quantize import reference
 
 ScaleFormat = Literal["ue8m0"] | None
 
-__all__ = ["ScaleFormat", "dequantize_activations", "dequantize_weight", "quantize_activations", "quantize_weight"]
+__all__ = [
+    "ScaleFormat",
+    "dequantize_activations",
+    "dequantize_weight",
+    "quantize_activations",
+    "quantize_weight",
+]
 
 
 def quantize_activations(
