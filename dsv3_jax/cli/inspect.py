@@ -92,9 +92,17 @@ def _parameter_lines(facts: dict[str, Any]) -> list[str]:
             ("MTP", counts["mtp"], "not in the total"),
             ("MTP as stored", counts["mtp_stored"], "with its copies of embedding and head"),
         ]
-    return [
-        f"  {name:24} {count:>19,} {count / 1e9:>10.2f} B   {note}".rstrip() for name, count, note in rows
-    ]
+    elif config["num_nextn_predict_layers"]:
+        rows.append(("MTP", 0, "announced by config.json, but not in the files"))
+    return [f"  {name:24} {count:>19,}  {_short(count)}  {note}".rstrip() for name, count, note in rows]
+
+
+def _short(number: int) -> str:
+    """A number in thousands, millions or billions, with that unit."""
+    for unit, power in _UNITS:
+        if number >= power:
+            return f"{number / power:7.2f} {unit}"
+    return f"{number:7d}  "
 
 
 def _tensor_lines(tensors: dict[str, Any]) -> list[str]:
