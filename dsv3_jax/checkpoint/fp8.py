@@ -67,7 +67,8 @@ def quantize(values: np.ndarray, *, ue8m0: bool = False) -> tuple[np.ndarray, np
     quotients = np.empty_like(values)
     for block, start in enumerate(row_starts):
         band = slice(start, start + BLOCK)
-        np.divide(values[band], np.repeat(scale[block], BLOCK)[:columns], out=quotients[band])
+        with np.errstate(invalid="ignore"):
+            np.divide(values[band], np.repeat(scale[block], BLOCK)[:columns], out=quotients[band])
     # ml_dtypes casts what lies beyond 464 to NaN, and a quotient may pass 448 by an ulp.
     np.clip(quotients, -E4M3_MAX, E4M3_MAX, out=quotients)
     return quotients.astype(ml_dtypes.float8_e4m3fn), scale

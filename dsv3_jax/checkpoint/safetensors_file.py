@@ -23,10 +23,10 @@ from dsv3_jax.errors import InputError
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors package
 SCRATCH_SUFFIX = ".partial"
 
-DTYPES: dict[str, np.dtype] = {
+DTYPES: dict[str, np.dtype] = {  # in the order in which the safetensors package sorts them
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
     "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
     "F32": np.dtype(np.float32),
 }
 # Types that no model of the family holds, known so that a file with one is read and the tensor itself named.
@@ -223,7 +223,8 @@ class SafetensorsWriter:
     def _layout(self, shapes: Mapping[str, tuple[str, tuple[int, ...]]]) -> bytes:
         # Wide types first, as the safetensors package lays them out: then every tensor is aligned to its
         # type.
-        order = sorted(shapes, key=lambda name: (-_ITEM_BYTES[shapes[name][0]], name))
+        rank = {dtype: -place for place, dtype in enumerate(DTYPES)}
+        order = sorted(shapes, key=lambda name: (rank[shapes[name][0]], name))
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         position = 0
         for name in order:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 MAX_NAMES = 20
-_UNITS = (("G", 10**9), ("M", 10**6), ("k", 10**3))
 
 
 def add_parser(subparsers: Any) -> None:
@@ -76,7 +75,7 @@ def report_lines(facts: dict[str, Any]) -> list[str]:
         "bytes" if "tensors" in facts else "bytes (of the weights in the format that the config names)",
     ]
     sizes = facts["bytes"] | {"total": sum(facts["bytes"].values())}
-    lines += [f"  {name:24} {size:>19,}  {_short(size)}B" for name, size in sizes.items()]
+    lines += [f"  {name:24} {size:>19,}  {_short(size, 'G')}B" for name, size in sizes.items()]
     if "tensors" in facts:
         lines += ["", *_tensor_lines(facts["tensors"])]
     return lines
@@ -94,12 +93,12 @@ def _parameter_lines(facts: dict[str, Any]) -> list[str]:
         ]
     elif config["num_nextn_predict_layers"]:
         rows.append(("MTP", 0, "announced by config.json, but not in the files"))
-    return [f"  {name:24} {count:>19,}  {_short(count)}  {note}".rstrip() for name, count, note in rows]
+    return [f"  {name:24} {count:>19,}  {_short(count, 'B')}  {note}".rstrip() for name, count, note in rows]
 
 
-def _short(number: int) -> str:
+def _short(number: int, billion: str) -> str:
     """A number in thousands, millions or billions, with that unit."""
-    for unit, power in _UNITS:
+    for unit, power in ((billion, 10**9), ("M", 10**6), ("k", 10**3)):
         if number >= power:
             return f"{number / power:7.2f} {unit}"
     return f"{number:7d}  "
