@@ -46,9 +46,7 @@ def claimed_folder(folder: Path, request: dict[str, Any], results: list[str]) ->
         folder.mkdir(exist_ok=True)
         others = {path.name for path in folder.iterdir()} - {STATE_FILE, STATE_FILE + SCRATCH_SUFFIX}
     except OSError as error:
-        raise InputError(
-            f"{folder}: cannot be made or read ({error.strerror}); expected a new folder"
-        ) from error
+        raise InputError(f"{folder}: cannot be made or read ({error.strerror})") from error
     if not state.exists():
         if others:
             raise InputError(f"{folder}: is not empty; expected a new folder or an interrupted conversion")

@@ -55,6 +55,7 @@ def save_checkpoint(
     """
     folder = Path(folder)
     config = _config_of_params(config, params)
+    shards = _shards(list(_tensors(config, params)))
     try:
         folder.mkdir(exist_ok=True)
         (folder / INDEX_FILE).unlink(missing_ok=True)
@@ -65,7 +66,6 @@ def save_checkpoint(
             f"{error.filename or folder}: cannot be written or read ({error.strerror})"
         ) from error
     write_json(folder / CONFIG_FILE, config_fields(config))
-    shards = _shards(list(_tensors(config, params)))
     sizes: dict[str, tuple[str, int]] = {}
     for number, shard in enumerate(shards, start=1):
         file = f"model-{number:05}-of-{len(shards):06}.safetensors" if len(shards) > 1 else SINGLE_FILE
