@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from dsv3_jax.api import Model, checkpoint_folder, load
+from dsv3_jax.api import Model, bundled_checkpoint, load
 from dsv3_jax.checkpoint import open_checkpoint
 from dsv3_jax.cli.compilation_cache import enable_compilation_cache
 from dsv3_jax.cli.generate import DEFAULT_NEW_TOKENS
@@ -76,7 +76,7 @@ def prepare(args: argparse.Namespace, prompts: Sequence[Prompt]) -> Job:
             raise InputError(f"{flag} is for chats; expected --chat or --interactive with it")
     chat = ChatOptions(args.chat, args.system, dict(map(_template_variable, args.template_variable)))
 
-    folder = checkpoint_folder(args.checkpoint)
+    folder = args.checkpoint or bundled_checkpoint()
     config, tokenizer = open_checkpoint(folder).config, load_tokenizer(folder)
     if tokenizer is None and args.stop:
         raise InputError(f"--stop needs a tokenizer; expected tokenizer.json or tiktoken.model in {folder}")

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv3_jax.cli.compilation_cache import add_cache_arguments
+from dsv3_jax.cli.logits import add_precision_arguments
 from dsv3_jax.cli.output import check_output_file
 from dsv3_jax.errors import InputError
 
@@ -43,9 +44,7 @@ def add_parser(subparsers: Any) -> None:
         help="variable of the chat template, such as thinking=true; may be repeated",
     )
     _add_sampling_arguments(parser)
-    add("--weights", choices=("stored", "float32", "bfloat16", "float8"), default="stored")
-    add("--activations", choices=("none", "float8"), default="none", help="float8: W8A8")
-    add("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on TPU and GPU, float32 on a CPU")
+    add_precision_arguments(parser)
     add("--output", metavar="OUT.json", type=Path, help="write results and statistics there")
     add("--batch-size", metavar="N", type=int, default=8, help="prompts at a time (default: %(default)s)")
     add("--no-stream", action="store_true", help="print a text when it is complete, which is a little faster")

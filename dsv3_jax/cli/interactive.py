@@ -79,6 +79,8 @@ def converse(answer: Answer, *, remembers: bool) -> None:
             return
         if line == "/reset":
             messages.clear()
+            if is_terminal:
+                print("forgotten", file=sys.stderr)
             continue
         if not line:
             continue

@@ -9,11 +9,11 @@ import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
-from dsv3_jax.cli import generate
+from dsv3_jax.cli import convert, generate, inspect, logits
 from dsv3_jax.cli.report import report
 from dsv3_jax.errors import InputError
 
-COMMANDS = (generate,)
+COMMANDS = (generate, logits, convert, inspect)
 
 EXIT_BAD_INPUT = 2
 # What a shell reports for a program that the signal ended.
@@ -58,10 +58,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         another.
     """
     arguments = sys.argv[1:] if argv is None else list(argv)
-    # A terminal that cannot show a character of the model's is no reason to end.
-    for stream in (sys.stdout, sys.stderr):
+    # A terminal that cannot show a character of the model's is no reason to end; nor is a line that is no UTF-8,
+    # which is refused where it is encoded.
+    for stream, errors in ((sys.stdout, "replace"), (sys.stderr, "replace"), (sys.stdin, "surrogateescape")):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
+            stream.reconfigure(errors=errors)
     try:
         args = build_parser().parse_args(arguments)
         code = args.run(args)
