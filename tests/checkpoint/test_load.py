@@ -124,6 +124,17 @@ def test_arrays_are_the_memory_that_was_read_into(folders, monkeypatch):
         assert [array.unsafe_buffer_pointer()] == addresses
 
 
+@pytest.mark.parametrize(
+    "stored, weights", [("F8_E4M3", "stored"), ("F8_E4M3", "bfloat16"), ("F32", "float8")]
+)
+def test_one_linear_at_a_time_gives_the_same(folders, monkeypatch, stored, weights):
+    checkpoint = open_checkpoint(folders[stored])
+    together = load_params(checkpoint, weights, mtp=True)
+    monkeypatch.setattr(load, "_on_cpu", lambda sharding: False)  # what an accelerator makes it do
+    one_by_one = load_params(checkpoint, weights, mtp=True)
+    assert jax.tree.all(jax.tree.map(same_bits, one_by_one, together))
+
+
 def read_calls_bytes() -> int:
     """Bytes that this process has asked the kernel to read so far."""
     lines = Path("/proc/self/io").read_text().splitlines()
