@@ -8,7 +8,7 @@ their value following from `model_type`).
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from dsv3_jax.errors import InputError
 
@@ -39,7 +39,7 @@ class BlockQuantization:
     """
 
     weight_block_size: tuple[int, int] = (128, 128)
-    scale_fmt: str | None = None
+    scale_fmt: Literal["ue8m0"] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,9 +8,9 @@ from jax import Array
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.precision import Precision
 from pallas_kernels.block_scaled import BlockScaled, Weight
-from pallas_kernels.block_scaled_matmul import block_scaled_matmul
+from pallas_kernels.block_scaled_matmul import ActivationFormat, block_scaled_matmul
 from pallas_kernels.decode import dot_transposed, to_float32
-from pallas_kernels.quantize import quantize_weight
+from pallas_kernels.quantize import ScaleFormat, quantize_weight
 
 Layer = Array | int | None
 """Which matrix of a stack: an index, or None where the weights carry no layer dimension."""
@@ -55,9 +55,9 @@ class Linear(nnx.Module):
         if make.precision.weights == "float8":
             quantised = quantize_weight(self.weight[...])
             self.weight, self.weight_scale_inv = nnx.Param(quantised.values), nnx.Param(quantised.scales)
-        self.activations = make.precision.activations
         quantization = make.config.quantization_config
-        self.scale_fmt = quantization.scale_fmt if quantization else None
+        self.activations: ActivationFormat = make.precision.activations
+        self.scale_fmt: ScaleFormat = quantization.scale_fmt if quantization else None
 
     def matrix(self) -> Weight:
         """The weight as the operations of `pallas_kernels` take it."""
