@@ -1,11 +1,13 @@
 """The JSON files of the folders that we write, in the spelling of the release, which all engines read."""
 
+import contextlib
 import dataclasses
 import json
 import os
 from pathlib import Path
 from typing import Any
 
+from dsv3_jax.checkpoint.safetensors_file import SCRATCH_SUFFIX
 from dsv3_jax.config import BlockQuantization, ModelConfig
 from dsv3_jax.errors import InputError
 
@@ -45,7 +47,7 @@ def quantization_fields(quantization: BlockQuantization) -> dict[str, Any]:
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Writes a JSON file so that it is there whole or not at all. Raises InputError where that fails."""
-    scratch = path.with_name(path.name + ".partial")
+    scratch = path.with_name(path.name + SCRATCH_SUFFIX)
     try:
         with scratch.open("w", encoding="utf-8") as file:
             file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
@@ -53,6 +55,8 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
             os.fsync(file.fileno())
         scratch.replace(path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            scratch.unlink(missing_ok=True)
         raise InputError(f"{path}: cannot be written ({error.strerror})") from error
 
 

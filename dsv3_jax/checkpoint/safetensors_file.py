@@ -269,12 +269,14 @@ class SafetensorsWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None and self._missing == 0:
-            os.fsync(self._fd)
+        try:
+            if kind is None and self._missing == 0:
+                os.fsync(self._fd)
+                self._scratch.replace(self.path)
+        except OSError as failure:
+            raise InputError(f"{self.path}: cannot be written ({failure.strerror})") from failure
+        finally:
             os.close(self._fd)
-            self._scratch.replace(self.path)
-            return
-        os.close(self._fd)
-        self._scratch.unlink(missing_ok=True)
-        if kind is None:
+            self._scratch.unlink(missing_ok=True)
+        if kind is None and self._missing:
             raise ValueError(f"{self.path}: {self._missing} bytes of its tensors were not written")
