@@ -8,7 +8,7 @@ accelerator the memory of one linear at a time is filled, handed over and freed.
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
@@ -83,7 +83,7 @@ def load_params(
     config = _config_to_read(checkpoint, mtp)
     tensors = list(expected_tensors(config).values())
     target = abstract_params(config, stored_format(checkpoint) if weights == "stored" else weights)
-    leaves: Leaves = dict(_flatten(target))
+    leaves: Leaves = {_path(keys): leaf for keys, leaf in jax.tree.leaves_with_path(target)}
     if weights == "stored":
         _keep_stored_dtypes(checkpoint, tensors, leaves)
     chosen = {path: _sharding_of(shardings, path) for path in leaves}
@@ -100,10 +100,10 @@ def load_params(
                 for region in regions[path]:
                     region.allocate()
             run(in_file_order(groups.pop(paths), files), report)
-            filled = {path: leaf_array(leaves[path].shape, chosen[path], regions.pop(path)) for path in paths}
+            filled = {path: leaf_array(leaves[path], chosen[path], regions.pop(path)) for path in paths}
             # On an accelerator, the host memory of this group is free once its arrays are there.
             arrays |= jax.block_until_ready(filled)
-    return _unflatten(arrays, target)
+    return jax.tree.map_with_path(lambda keys, _: arrays[_path(keys)], target)
 
 
 def _config_to_read(checkpoint: Checkpoint, mtp: bool) -> ModelConfig:
@@ -147,23 +147,8 @@ def _keep_stored_dtypes(checkpoint: Checkpoint, tensors: list[ExpectedTensor], l
         leaves[path] = jax.ShapeDtypeStruct(leaves[path].shape, jnp.result_type(*dtypes))
 
 
-def _flatten(tree: Mapping[str, Any], prefix: LeafPath = ()) -> Iterator[tuple[LeafPath, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, (*prefix, key))
-        else:
-            yield (*prefix, key), value
-
-
-def _unflatten(
-    arrays: dict[LeafPath, jax.Array], tree: Mapping[str, Any], prefix: LeafPath = ()
-) -> dict[str, Any]:
-    return {
-        key: _unflatten(arrays, value, (*prefix, key))
-        if isinstance(value, Mapping)
-        else arrays[(*prefix, key)]
-        for key, value in tree.items()
-    }
+def _path(keys: tuple[Any, ...]) -> LeafPath:
+    return tuple(key.key for key in keys)
 
 
 def _sharding_of(shardings: Mapping[str, Any] | None, path: LeafPath) -> Sharding | None:
@@ -178,5 +163,5 @@ def _sharding_of(shardings: Mapping[str, Any] | None, path: LeafPath) -> Shardin
 
 
 def _on_cpu(sharding: Sharding | None) -> bool:
-    device = jax.devices()[0] if sharding is None else next(iter(sharding.addressable_devices))
-    return device.platform == "cpu"
+    devices = jax.devices()[:1] if sharding is None else sharding.addressable_devices
+    return all(device.platform == "cpu" for device in devices)

@@ -38,7 +38,8 @@ class Job:
         """The job in parts of about a megabyte."""
         fd = files.fd(self.info.path)
         columns, dtype = bands.matrix_shape(self.info)[1], DTYPES[self.info.dtype]
-        if all(slot.region.dtype == dtype and slot.columns == (0, columns) for slot in self.slots):
+        whole_rows = all(slot.columns == (0, columns) for slot in self.slots)
+        if whole_rows and not self.scale_slots and all(slot.region.dtype == dtype for slot in self.slots):
             for slot in self.slots:
                 yield from self._direct_works(fd, slot, columns * dtype.itemsize)
             return
@@ -76,8 +77,7 @@ class Job:
         return memory.size
 
     def _read_band(self, fd: int, scale_fd: int, band: Bounds) -> int:
-        # Whole rows, also where only some columns are wanted: the kernel reads ahead over gaps that short
-        # anyway.
+        # Whole rows, also where only some columns are wanted: the kernel reads ahead over gaps that short anyway.
         stored = bands.read_rows(fd, self.info, *band)
         scale = None if self.scale is None else bands.read_scale_rows(scale_fd, self.scale, *band)
         if self.scale_slots:

@@ -92,7 +92,7 @@ def slots_of(tensor: ExpectedTensor, regions: list[Region]) -> list[Slot]:
     return slots
 
 
-def leaf_array(shape: tuple[int, ...], sharding: Sharding | None, regions: list[Region]) -> jax.Array:
+def leaf_array(leaf: jax.ShapeDtypeStruct, sharding: Sharding | None, regions: list[Region]) -> jax.Array:
     """Hands the filled regions of a leaf to JAX; on a CPU the array is their memory and keeps it alive."""
     shards = [
         jax.device_put(region.memory, _placement(device, sharding))
@@ -101,7 +101,7 @@ def leaf_array(shape: tuple[int, ...], sharding: Sharding | None, regions: list[
     ]
     if sharding is None:
         return shards[0]
-    return jax.make_array_from_single_device_arrays(shape, sharding, shards)
+    return jax.make_array_from_single_device_arrays(leaf.shape, sharding, shards, dtype=leaf.dtype)
 
 
 def _placement(device: Device | None, sharding: Sharding | None) -> Any:

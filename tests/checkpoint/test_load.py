@@ -115,8 +115,8 @@ def test_arrays_are_the_memory_that_was_read_into(folders, monkeypatch):
     regions_of = {}
     leaf_array = load.leaf_array
 
-    def spy(shape, sharding, regions):
-        array = leaf_array(shape, sharding, regions)
+    def spy(leaf, sharding, regions):
+        array = leaf_array(leaf, sharding, regions)
         regions_of[id(array)] = (array, [region.memory.ctypes.data for region in regions])
         return array
 
