@@ -1,6 +1,9 @@
 """Parity with `transformers` through golden files (tests/parity/make_golden.py); no torch needed."""
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import numpy as np
 import pytest
@@ -13,23 +16,31 @@ GOLDEN = Path(__file__).parent / "golden"
 # Of the logits' standard deviation. Sums in another order make about 1e-5 in float32; the nearest real mistake
 # (eps 1e-5 in place of 1e-6) makes 1e-4 in a layer and more in four.
 TOLERANCE = 2e-4
+MTP_CASE = next(case for case in CASES if case.config["num_nextn_predict_layers"])
 
 
-@pytest.fixture(scope="module", params=CASES, ids=lambda case: case.name)
-def case(request: pytest.FixtureRequest) -> Case:
-    return request.param
+class Loaded(NamedTuple):
+    """A case's checkpoint in memory, and what the reference says of it."""
+
+    case: Case
+    model: dsv3_jax.Model
+    golden: dict[str, np.ndarray]
 
 
 @pytest.fixture(scope="module")
-def golden(case: Case) -> dict[str, np.ndarray]:
-    with np.load(GOLDEN / f"{case.name}.npz") as arrays:
-        return dict(arrays)
+def load(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case], Loaded]:
+    @functools.cache
+    def load(case: Case) -> Loaded:
+        folder = write_checkpoint(tmp_path_factory.mktemp(case.name), case.config, stored_tensors(case))
+        model = dsv3_jax.load(folder, dtype="float32", mtp=bool(case.config["num_nextn_predict_layers"]))
+        with np.load(GOLDEN / f"{case.name}.npz") as arrays:
+            return Loaded(case, model, dict(arrays))
+
+    return load
 
 
-@pytest.fixture(scope="module")
-def model(case: Case, tmp_path_factory: pytest.TempPathFactory) -> dsv3_jax.Model:
-    folder = write_checkpoint(tmp_path_factory.mktemp(case.name), case.config, stored_tensors(case))
-    return dsv3_jax.load(folder, dtype="float32", mtp=bool(case.config["num_nextn_predict_layers"]))
+every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+Load = Callable[[Case], Loaded]
 
 
 def assert_close(got: np.ndarray, golden: dict[str, np.ndarray], name: str) -> None:
@@ -38,27 +49,27 @@ def assert_close(got: np.ndarray, golden: dict[str, np.ndarray], name: str) -> N
     assert difference <= TOLERANCE, f"{name}: {difference:.1e} of the logits' std"
 
 
+@every_case
 @pytest.mark.parametrize("mode", ["prefill", "decode"])
-def test_logits(case: Case, model: dsv3_jax.Model, golden: dict[str, np.ndarray], mode: str) -> None:
-    assert_close(main_logits(model, *prompts(case), mode=mode), golden, "logits")
+def test_logits(case: Case, load: Load, mode: Literal["prefill", "decode"]) -> None:
+    loaded = load(case)
+    assert_close(main_logits(loaded.model, *prompts(case), mode=mode), loaded.golden, "logits")
 
 
 @pytest.mark.parametrize("mode", ["prefill", "decode"])
 @pytest.mark.parametrize("hidden", ["post", "pre"])
-def test_mtp_logits(
-    case: Case, model: dsv3_jax.Model, golden: dict[str, np.ndarray], mode: str, hidden: str
-) -> None:
-    if not case.config["num_nextn_predict_layers"]:
-        pytest.skip("no MTP module")
-    assert_close(mtp_logits(model, *prompts(case), mode=mode, hidden=hidden), golden, f"mtp_{hidden}")
+def test_mtp_logits(load: Load, mode: Literal["prefill", "decode"], hidden: Literal["post", "pre"]) -> None:
+    loaded = load(MTP_CASE)
+    logits = mtp_logits(loaded.model, *prompts(MTP_CASE), mode=mode, hidden=hidden)
+    assert_close(logits, loaded.golden, f"mtp_{hidden}")
 
 
-def test_greedy_tokens_of_a_mixed_batch(
-    case: Case, model: dsv3_jax.Model, golden: dict[str, np.ndarray]
-) -> None:
+@every_case
+def test_greedy_tokens_of_a_mixed_batch(case: Case, load: Load) -> None:
+    loaded = load(case)
     tokens, lengths = prompts(case)
     rows = [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]
-    results = model.generate(rows, max_new_tokens=64, ignore_eos=True)
-    assert [r.token_ids for r in results] == golden["greedy"].tolist()
-    alone = [model.generate([row], max_new_tokens=64, ignore_eos=True)[0] for row in rows]
-    assert [r.token_ids for r in alone] == golden["greedy"].tolist()
+    together = loaded.model.generate(rows, max_new_tokens=64, ignore_eos=True)
+    assert [row.token_ids for row in together] == loaded.golden["greedy"].tolist()
+    alone = [loaded.model.generate([row], max_new_tokens=64, ignore_eos=True)[0] for row in rows]
+    assert [row.token_ids for row in alone] == loaded.golden["greedy"].tolist()
