@@ -71,6 +71,8 @@ def converse(answer: Answer, *, remembers: bool) -> None:
         try:
             line = input(">>> " if is_terminal else "").strip()
         except EOFError:
+            if is_terminal:
+                print(file=sys.stderr)
             return
         except KeyboardInterrupt:  # at the prompt it drops the line, as in a shell
             print(file=sys.stderr)

@@ -7,13 +7,13 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from dsv3_jax.cli import convert, generate, inspect, logits
+from dsv3_jax.cli import convert, generate, inspect, logits, train
 from dsv3_jax.cli.report import report
 from dsv3_jax.errors import InputError
 
-COMMANDS = (generate, logits, convert, inspect)
+COMMANDS = (generate, logits, convert, inspect, train)
 
 EXIT_BAD_INPUT = 2
 # What a shell reports for a program that the signal ended.
@@ -28,11 +28,22 @@ class _Parser(argparse.ArgumentParser):
         raise InputError(f"{message} (see {self.prog} --help)")
 
 
+class _Version(argparse.Action):
+    """Prints the version of the installed package; read when it is asked for, as a bare checkout has none."""
+
+    def __call__(self, *_: Any) -> NoReturn:
+        try:
+            version = importlib.metadata.version("dsv3-jax")
+        except importlib.metadata.PackageNotFoundError:
+            version = "(not installed)"
+        print(f"dsv3 {version}")
+        sys.exit(0)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands; parsed arguments carry `run`, the command's function."""
-    version = importlib.metadata.version("dsv3-jax")
     parser = _Parser(prog="dsv3", description="DeepSeek-V3 and its relatives, in JAX.", allow_abbrev=False)
-    parser.add_argument("--version", action="version", version=f"dsv3 {version}")
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in COMMANDS:

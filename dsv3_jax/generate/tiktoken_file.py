@@ -113,9 +113,8 @@ def tiktoken_backend(
         ]
     )
     backend.decoder = decoders.ByteLevel()
-    for token_id in range(len(ranks), max(added, default=-1) + 1):
-        reserved = tokenizers.AddedToken(f"<|reserved_token_{token_id}|>", normalized=False, special=True)
-        backend.add_tokens([added.get(token_id, reserved)])
+    ids = range(len(ranks), max(added, default=-1) + 1)
+    backend.add_tokens([added.get(token_id) or _reserved(token_id) for token_id in ids])
     for token_id, token in added.items():
         if backend.token_to_id(token.content) != token_id:
             raise InputError(
@@ -123,6 +122,10 @@ def tiktoken_backend(
                 f"own and an id from {len(ranks)} on, above those of tiktoken.model"
             )
     return backend
+
+
+def _reserved(token_id: int) -> tokenizers.AddedToken:
+    return tokenizers.AddedToken(f"<|reserved_token_{token_id}|>", normalized=False, special=True)
 
 
 def _byte_characters() -> list[str]:

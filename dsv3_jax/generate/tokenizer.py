@@ -28,7 +28,7 @@ class Tokenizer:
         chat_templates: by name; see `chat_template`.
     """
 
-    backend: tokenizers.Tokenizer
+    backend: tokenizers.Tokenizer = dataclasses.field(repr=False)
     bos_token: str | None = None
     eos_token: str | None = None
     add_bos_token: bool = False
