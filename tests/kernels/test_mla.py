@@ -1,0 +1,83 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.mla_decode import cache_width, mla_decode
+from pallas_kernels.mla_prefill import mla_prefill
+from tests.kernels.definitions import attention
+
+TOLERANCE = 1e-5  # float32 softmax over up to 700 entries
+SCALE = 0.2
+
+
+def random(shape: tuple[int, ...], seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("heads", [1, 2, 16])
+@pytest.mark.parametrize("queries", [1, 3])
+@pytest.mark.parametrize("capacity", [40, 700])
+def test_decode(heads: int, queries: int, capacity: int) -> None:
+    rank, rope, batch, layer = 24, 8, 3, 1
+    lengths = np.array([queries, capacity // 2, capacity], np.int32)
+    cache = random((2, batch, capacity, cache_width(rank, rope)), 1)
+    cache[..., rank + rope :] = 0
+    for row, length in enumerate(lengths):
+        cache[:, row, length:] = np.nan
+    q_latent, q_rope = random((batch, queries, heads, rank), 2), random((batch, queries, heads, rope), 3)
+    out, lse = mla_decode(
+        *(jnp.asarray(a) for a in (q_latent, q_rope, cache, lengths)), scale=SCALE, layer=layer
+    )
+    query = np.concatenate([q_latent, q_rope], -1)
+    for row, length in enumerate(lengths):
+        for i in range(queries):
+            seen = cache[layer, row, : length - queries + i + 1]
+            for head in range(heads):
+                expected, expected_lse = attention(
+                    query[row, i, head], seen[:, : rank + rope], seen[:, :rank], SCALE
+                )
+                np.testing.assert_allclose(np.asarray(out)[row, i, head], expected, atol=TOLERANCE)
+                np.testing.assert_allclose(np.asarray(lse)[row, i, head], expected_lse, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("length", [1, 255, 256, 257, 520])
+def test_prefill(length: int) -> None:
+    heads, nope, rope, width, batch, prefix = 2, 6, 4, 5, 2, 3
+    start = np.array([0, prefix], np.int32)
+    q_nope, q_rope = random((batch, length, heads, nope), 1), random((batch, length, heads, rope), 2)
+    keys = length + prefix
+    k_nope, k_rope = random((batch, keys, heads, nope), 3), random((batch, keys, rope), 4)
+    v = random((batch, keys, heads, width), 5)
+    # Row 0 has no prefix: its last keys are unwritten cache.
+    k_nope[0, length:] = k_rope[0, length:] = v[0, length:] = np.nan
+    arguments = [jnp.asarray(a) for a in (q_nope, q_rope, k_nope, k_rope, v)]
+    out = np.asarray(mla_prefill(*arguments, scale=SCALE, start=jnp.asarray(start)))
+    for row in range(batch):
+        for t in {0, length // 2, length - 1}:
+            seen = slice(0, start[row] + t + 1)
+            for head in range(heads):
+                q = np.concatenate([q_nope[row, t, head], q_rope[row, t, head]])
+                k = np.concatenate([k_nope[row, seen, head], k_rope[row, seen]], -1)
+                expected, _ = attention(q, k, v[row, seen, head], SCALE)
+                np.testing.assert_allclose(out[row, t, head], expected, atol=TOLERANCE)
+
+
+def test_prefill_gradient() -> None:
+    """Blocks of queries against one block: the same derivative."""
+    heads, length = 2, 300
+    shapes = [(heads, 4), (heads, 2), (heads, 4), (2,), (heads, 3)]
+    arguments = tuple(jnp.asarray(random((1, length, *shape), i)) for i, shape in enumerate(shapes))
+
+    def whole(q_nope, q_rope, k_nope, k_rope, v):
+        scores = jnp.einsum("bthd,bshd->bhts", q_nope, k_nope) + jnp.einsum("bthd,bsd->bhts", q_rope, k_rope)
+        scores = jnp.where(jnp.tri(length, dtype=bool), scores * SCALE, -jnp.inf)
+        return jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(scores), v)
+
+    def loss(function):
+        return lambda *args: jnp.sum(jnp.sin(function(*args)))
+
+    got = jax.grad(loss(lambda *args: mla_prefill(*args, scale=SCALE)), range(5))(*arguments)
+    expected = jax.grad(loss(whole), range(5))(*arguments)
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_allclose(np.asarray(a), np.asarray(b), atol=1e-5 * float(jnp.abs(b).max()))
