@@ -7,6 +7,7 @@ words, is written down here.
 
 import base64
 import binascii
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -72,12 +73,13 @@ def last_merge(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes] 
     such pair, and a BPE with exactly these merges in the order of their ranks gives what `tiktoken` gives.
     """
     parts = [token[i : i + 1] for i in range(len(token))]
+    none = len(ranks)
     while len(parts) > 2:
-        pairs = ((ranks.get(parts[i] + parts[i + 1]), i) for i in range(len(parts) - 1))
-        candidates = [(rank, i) for rank, i in pairs if rank is not None]
-        if not candidates:
+        joined = [ranks.get(left + right, none) for left, right in itertools.pairwise(parts)]
+        lowest = min(joined)
+        if lowest == none:
             return None
-        _, i = min(candidates)
+        i = joined.index(lowest)
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
     return (parts[0], parts[1]) if len(parts) == 2 else None
 
