@@ -252,12 +252,13 @@ class _Reader:
     def rope(self) -> tuple[float, YarnScaling | None]:
         field = "rope_parameters" if self.hf.get("rope_parameters") else "rope_scaling"
         fields = self.hf.get(field)
+        theta = self.number("rope_theta", 10000.0)
         if fields is None:
-            return self.number("rope_theta", 10000.0), None
+            return theta, None
         if not isinstance(fields, dict):
             raise self.refuse(field, "an object or null")
         inner = _Reader(fields, f"{self.source}: {field}")
-        theta = inner.number("rope_theta", self.hf.get("rope_theta") or 10000.0)
+        theta = inner.number("rope_theta", theta)
         name = "rope_type" if "rope_type" in fields else "type"
         if inner.choice(name, "default", ("default", "yarn")) == "default":
             return theta, None

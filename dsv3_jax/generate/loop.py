@@ -22,6 +22,9 @@ from pallas_kernels.decode import bit_patterns
 BUFFER_TOKENS = 64
 """Tokens a row that one call of the decode loop makes at most, between two looks at ^C and stop strings."""
 
+MIN_KNOWN_PREFIX = 16
+"""Fewer tokens than this in common are the beginning that all prompts share, and not worth another program."""
+
 Stopped = Callable[[int, list[int]], bool]
 
 
@@ -204,7 +207,7 @@ class Engine:
             known = next(
                 (i for i, (a, b) in enumerate(pairs) if a != b), min(len(tokens), len(prompts[0]) - 1)
             )
-            if known and cache.capacity >= capacity:
+            if known >= MIN_KNOWN_PREFIX and cache.capacity >= capacity:
                 return dataclasses.replace(cache, lengths=jnp.full(1, known, jnp.int32)), known
         return init_cache(self.config, len(prompts), capacity, self.precision.dtype), 0
 
