@@ -5,6 +5,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from dsv3_jax.cli.compilation_cache import add_cache_arguments, enable_compilation_cache
 from dsv3_jax.config import ModelConfig, config_names, named_config
 from dsv3_jax.errors import InputError
 
@@ -57,8 +58,9 @@ def add_parser(subparsers: Any) -> None:
     add(
         "--resume",
         action="store_true",
-        help="go on from the state in --output; --tokens may differ, all other flags must not",
+        help="go on from the state in --output; --tokens may differ, and sequences may be longer and fewer a step",
     )
+    add_cache_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -78,6 +80,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"skipped {len(corpus.skipped)} files that are not UTF-8: {shown}")
     from dsv3_jax.train.run import Run, train
 
+    enable_compilation_cache(args)
     figures = train(
         Run(args.data, args.pattern, args.batch_size, args.sequence_length, args.learning_rate, args.seed),
         config,

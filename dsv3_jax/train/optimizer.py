@@ -6,11 +6,11 @@ import optax
 from jax import Array
 
 WARM_UP_STEPS = 100
-DECAY_FRACTION = 0.25
+DECAY_FRACTION = 0.5
 
 
 def learning_rate_at(step: Array | int, *, peak: float, num_steps: int) -> Array:
-    """Linear warm-up, a plateau, and a linear decay to nothing over the last quarter.
+    """Linear warm-up, a plateau, and a linear decay to nothing over the second half.
 
     Until the decay begins it does not depend on `num_steps`: a run may be resumed with another number of steps, to
     go on longer or to begin the decay at once.

@@ -5,6 +5,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ import numpy as np
 import tokenizers
 
 from dsv3_jax.checkpoint import load_params, open_checkpoint, save_checkpoint
+from dsv3_jax.checkpoint.hf_config import config_fields
 from dsv3_jax.config import ModelConfig, read_json_object
 from dsv3_jax.errors import InputError
 from dsv3_jax.model import init_params
@@ -35,7 +37,7 @@ Report = Callable[[str], None]
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What a run is: with the same corpus, config and numbers, the same model comes out.
+    """What a run is: with the same corpus, config and numbers, the same model comes out on the same machine.
 
     Attributes:
         data, pattern: where the corpus came from.
@@ -52,8 +54,19 @@ class Run:
     learning_rate: float
     seed: int
 
-    def num_steps(self, num_tokens: int) -> int:
-        return max(num_tokens // (self.batch_size * self.sequence_length), 1)
+    @property
+    def tokens_a_step(self) -> int:
+        return self.batch_size * self.sequence_length
+
+    def identity(self, config: ModelConfig) -> dict[str, Any]:
+        """What a resumed run must share with the one it goes on from; sequences may become longer and fewer."""
+        fields = dataclasses.asdict(self) | {
+            "tokens_a_step": self.tokens_a_step,
+            "config": config_fields(config),
+        }
+        return {
+            name: value for name, value in fields.items() if name not in ("batch_size", "sequence_length")
+        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +110,7 @@ def train(
         f"{len(corpus.train)} files to train on, {len(streams.train)} tokens; {len(corpus.held_out)} held out, "
         f"{len(streams.held_out)} tokens, {len(streams.held_out_bytes)} bytes"
     )
-    num_steps = run.num_steps(num_tokens)
+    num_steps = max(num_tokens // run.tokens_a_step, 1)
     optimizer = make_optimizer(run.learning_rate, num_steps)
     params = init_params(config, TRAIN_PRECISION, jax.random.key(run.seed))
     state = init_state(params, optimizer)
@@ -112,9 +125,9 @@ def _prepare(
     run: Run, config: ModelConfig, corpus: Corpus, output: Path, resume: bool
 ) -> tokenizers.Tokenizer:
     """Makes the folder and the tokenizer, or checks and reads those of the run that is resumed."""
-    described = {"run": dataclasses.asdict(run), "config": repr(config)}
+    identity = run.identity(config)
     if resume:
-        if read_json_object(output / RUN_FILE) != described:
+        if read_json_object(output / RUN_FILE) != identity:
             raise InputError(
                 f"{output / RUN_FILE}: is of another run; expected the flags and config it began with"
             )
@@ -123,7 +136,7 @@ def _prepare(
         tokenizer = train_tokenizer((document.text for document in corpus.train), config.vocab_size)
     try:
         output.mkdir(exist_ok=True)
-        (output / RUN_FILE).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+        (output / RUN_FILE).write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
         write_tokenizer(output, tokenizer, config.max_position_embeddings)
     except OSError as error:
         raise InputError(f"--output {output}: cannot be written ({error.strerror})") from error
@@ -151,7 +164,6 @@ def _steps(
     report: Report,
 ) -> TrainState:
     train_step = make_train_step(config, make_optimizer(run.learning_rate, num_steps))
-    tokens_a_step = run.batch_size * run.sequence_length
     losses, began, first = [], time.monotonic(), int(state.step)
     for step in range(first, num_steps):
         batch = batch_at(
@@ -163,11 +175,11 @@ def _steps(
         if done % STEPS_BETWEEN_LINES == 0 or done == num_steps:
             line = {
                 "step": done,
-                "tokens": done * tokens_a_step,
+                "tokens": done * run.tokens_a_step,
                 "loss": round(float(np.mean(losses)), 4),
                 "imbalance": round(float(metrics["imbalance"]), 2),
                 "learning_rate": float(learning_rate_at(step, peak=run.learning_rate, num_steps=num_steps)),
-                "tokens_per_second": round((done - first) * tokens_a_step / (time.monotonic() - began)),
+                "tokens_per_second": round((done - first) * run.tokens_a_step / (time.monotonic() - began)),
             }
             losses = []
             if done % STEPS_BETWEEN_SAVES == 0 or done == num_steps:
