@@ -4,12 +4,13 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
+from jax.typing import ArrayLike
 
 WARM_UP_STEPS = 100
 DECAY_FRACTION = 0.5
 
 
-def learning_rate_at(step: Array | int, *, peak: float, num_steps: int) -> Array:
+def learning_rate_at(step: ArrayLike, *, peak: float, num_steps: int) -> Array:
     """Linear warm-up, a plateau, and a linear decay to nothing over the second half.
 
     Until the decay begins it does not depend on `num_steps`: a run may be resumed with another number of steps, to

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -95,7 +96,7 @@ def make_train_step(config: ModelConfig, optimizer: optax.GradientTransformation
         (loss, ids), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params, batch)
         # The bias has no gradient and is not decayed, so that the optimizer leaves it alone.
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params = cast(Params, optax.apply_updates(state.params, updates))
         imbalance = jnp.zeros(())
         if ids is not None:
             load = expert_load(ids, config.n_routed_experts)
