@@ -47,14 +47,18 @@ def round_up_to_power_of_two(x: Array) -> Array:
 
 
 def _scales(amax: Array, scale_fmt: str | None) -> Array:
-    # Behind a barrier: newer XLA multiplies by the reciprocal of a constant, an ulp off.
-    scales = jnp.maximum(amax, AMAX_FLOOR) / lax.optimization_barrier(jnp.float32(FLOAT8_MAX))
+    scales = _divide(jnp.maximum(amax, AMAX_FLOOR), FLOAT8_MAX)
     return round_up_to_power_of_two(scales) if scale_fmt == "ue8m0" else scales
 
 
 def _round(x: Array, scales: Array) -> Array:
     # Casts of |x| > 464 differ between platforms, and a quotient may exceed 448 by an ulp.
-    return jnp.clip(x / scales, -FLOAT8_MAX, FLOAT8_MAX).astype(jnp.float8_e4m3fn)
+    return jnp.clip(_divide(x, scales), -FLOAT8_MAX, FLOAT8_MAX).astype(jnp.float8_e4m3fn)
+
+
+def _divide(x: Array, divisor: Array | float) -> Array:
+    """x / divisor, rounded once: newer XLA multiplies by the reciprocal of what is broadcast, an ulp off."""
+    return x / lax.optimization_barrier(jnp.broadcast_to(jnp.asarray(divisor, x.dtype), x.shape))
 
 
 def _pad_to_blocks(x: Array, axes: tuple[int, ...]) -> Array:

@@ -110,5 +110,5 @@ def test_leading_dimensions_and_dtype_are_kept() -> None:
 
 
 def test_unknown_implementation_is_refused() -> None:
-    with pytest.raises(ValueError, match="block_scaled_matmul: no implementation 'nonsense'.*'reference'"):
+    with pytest.raises(ValueError, match=r"block_scaled_matmul: no implementation 'nonsense'.*'reference'"):
         block_scaled_matmul(jnp.ones((1, 4)), jnp.ones((3, 4)), implementation="nonsense")

@@ -38,18 +38,16 @@ def abstract_mesh(**axes: int) -> Mesh:
 
 
 def test_released_model_is_cut_at_blocks() -> None:
-    shardings = tree_shardings(
-        abstract_params(named_config("deepseek-v3"), "float8"), abstract_mesh(expert=4, tensor=16)
-    )
-    experts = shardings["moe_layers"]["mlp"]["experts"]
-    assert experts["gate_proj"]["weight"].spec == PartitionSpec(None, "expert", "tensor", None)
-    assert experts["gate_proj"]["weight_scale_inv"].spec == PartitionSpec(None, "expert", "tensor", None)
+    params = abstract_params(named_config("deepseek-v3"), "float8")
+    wide = tree_shardings(params, abstract_mesh(expert=4, tensor=16))
+    gate = wide["moe_layers"]["mlp"]["experts"]["gate_proj"]
+    assert gate["weight"].spec == PartitionSpec(None, "expert", "tensor", None)
+    assert gate["weight_scale_inv"].spec == PartitionSpec(None, "expert", "tensor", None)
     # 2048 rows are 16 blocks: 32 pieces would cut blocks in two.
-    narrow = tree_shardings(params, abstract_mesh(tensor=32))
-    assert narrow["moe_layers"]["mlp"]["experts"]["gate_proj"]["weight"].spec == PartitionSpec(
-        None, None, None, None
-    )
-    assert narrow["moe_layers"]["self_attn"]["q_b_proj"]["weight"].spec == PartitionSpec(None, "tensor", None)
+    narrow = tree_shardings(params, abstract_mesh(tensor=32))["moe_layers"]
+    gate, q_b_proj = narrow["mlp"]["experts"]["gate_proj"], narrow["self_attn"]["q_b_proj"]
+    assert gate["weight"].spec == PartitionSpec(None, None, None, None)
+    assert q_b_proj["weight"].spec == PartitionSpec(None, "tensor", None)
 
 
 def test_sharded_model_generates_the_same_tokens(tiny_checkpoint: Path) -> None:
