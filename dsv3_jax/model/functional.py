@@ -16,11 +16,9 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.attention import MLA, Chunk, pack_entries
 from dsv3_jax.model.block import DecoderLayer
 from dsv3_jax.model.cache import Cache
-from dsv3_jax.model.causal_attention import causal_attention
 from dsv3_jax.model.mlp import Routing
 from dsv3_jax.model.transformer import DeepseekV3, abstract_model
 from dsv3_jax.precision import Precision
-from pallas_kernels.mla_prefill import mla_prefill
 
 Params = dict
 Attend = Callable[[MLA, Array, Array, Array, Array], tuple[Array, Array]]
@@ -228,19 +226,11 @@ def train_hidden(
         def layer_step(x: Array, weights: nnx.State, structure: nnx.GraphDef = structure) -> tuple:
             # Slices handed out by the scan: a gradient of an indexed stack would be summed over whole stacks.
             layer: DecoderLayer = nnx.merge(structure, weights)
-            attended = _train_attention(layer.self_attn, layer.input_layernorm(x), chunk)
+            attended, _ = layer.self_attn.fresh(layer.input_layernorm(x), chunk, None)
             return layer.feed_forward(x + attended, chunk.valid, None)
 
         x, routing = lax.scan(jax.checkpoint(layer_step) if remat else layer_step, x, stacked)
     return x, routing
-
-
-def _train_attention(mla: MLA, x: Array, chunk: Chunk) -> Array:
-    q_nope, q_rope = mla.queries(x, chunk.rope, None)
-    latent, k_rope = mla.latents(x, chunk.rope, None)
-    k_nope, v = mla.expand(latent, None)
-    attend = causal_attention if jax.default_backend() == "cpu" else mla_prefill
-    return mla.output(attend(q_nope, q_rope, k_nope, k_rope, v, scale=mla.scale), None)
 
 
 def _chunk(cache: Cache, start: Array, lengths: Array, num_tokens: int) -> Chunk:

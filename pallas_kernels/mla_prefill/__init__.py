@@ -1,9 +1,10 @@
 """`mla_prefill`: causal attention with expanded heads, where queries and keys are wider than values."""
 
+import jax
 from jax import Array
 
 from pallas_kernels.implementation import choose
-from pallas_kernels.mla_prefill import reference
+from pallas_kernels.mla_prefill import cpu, reference
 
 __all__ = ["mla_prefill"]
 
@@ -37,5 +38,8 @@ def mla_prefill(
     Returns:
         [B, T, H, Dv] in v's dtype.
     """
-    function = choose("mla_prefill", implementation, {"reference": reference.mla_prefill})
+    implementations = {"reference": reference.mla_prefill}
+    if start is None and jax.default_backend() == "cpu" and q_nope.shape[1] <= cpu.MAX_LENGTH:
+        implementations = {"by_head": cpu.mla_prefill_by_head} | implementations
+    function = choose("mla_prefill", implementation, implementations)
     return function(q_nope, q_rope, k_nope, k_rope, v, scale, start)

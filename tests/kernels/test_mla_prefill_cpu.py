@@ -3,7 +3,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv3_jax.model.causal_attention import causal_attention
 from pallas_kernels.mla_prefill import mla_prefill
 
 
@@ -14,8 +13,8 @@ def test_numbers_and_gradients_are_those_of_prefill(length: int) -> None:
     qkv = [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=False)]
     wanted = jax.random.normal(keys[5], (2, length, 3, 10))
     results = []
-    for attend in (causal_attention, mla_prefill):
-        out, pull_back = jax.vjp(lambda *a, attend=attend: attend(*a, scale=0.3), *qkv)
+    for name in ("by_head", "reference"):
+        out, pull_back = jax.vjp(lambda *a, name=name: mla_prefill(*a, scale=0.3, implementation=name), *qkv)
         results.append([out, *pull_back(wanted)])
     for mine, reference in zip(*results, strict=True):
         np.testing.assert_allclose(mine, reference, atol=2e-5)
@@ -23,4 +22,4 @@ def test_numbers_and_gradients_are_those_of_prefill(length: int) -> None:
 
 def test_the_result_has_the_type_of_the_values() -> None:
     x = jnp.ones((1, 4, 2, 8), jnp.bfloat16)
-    assert causal_attention(x, x, x, x[:, :, 0], x, scale=1.0).dtype == jnp.bfloat16
+    assert mla_prefill(x, x, x, x[:, :, 0], x, scale=1.0, implementation="by_head").dtype == jnp.bfloat16

@@ -1,4 +1,4 @@
-"""Causal attention for training on a CPU: one head of one sequence at a time, recomputed in the backward pass.
+"""Causal attention on a CPU: one head of one sequence at a time, recomputed in the backward pass.
 
 XLA's batched dots run at a tenth of the speed of plain matrix products on a CPU when heads are as small as tiny's,
 and a [B, H, T, T] array of scores falls out of the cache; a loop over (sequence, head) does neither.
@@ -12,22 +12,14 @@ MIN_QUERY_BLOCK = 64
 MAX_QUERY_BLOCKS = 8
 
 
-def causal_attention(
-    q_nope: Array, q_rope: Array, k_nope: Array, k_rope: Array, v: Array, *, scale: float
+MAX_LENGTH = 4096
+"""Longer sequences would make blocks of scores that no cache holds; `reference.py` bounds them better."""
+
+
+def mla_prefill_by_head(
+    q_nope: Array, q_rope: Array, k_nope: Array, k_rope: Array, v: Array, scale: float, start: None
 ) -> Array:
-    """`mla_prefill` of whole sequences, computed in float32.
-
-    Args:
-        q_nope: [B, T, H, Dn].
-        q_rope: [B, T, H, Dr], rotated.
-        k_nope: [B, T, H, Dn].
-        k_rope: [B, T, Dr], rotated, common to all heads.
-        v: [B, T, H, Dv].
-        scale: factor of the scores.
-
-    Returns:
-        [B, T, H, Dv] in v's dtype.
-    """
+    """`mla_prefill` of whole sequences, computed in float32; keys are the queries' own positions."""
     batch, length, heads = q_nope.shape[:3]
     dtype = v.dtype
     q_nope, q_rope, k_nope, k_rope, v = (a.astype(jnp.float32) for a in (q_nope, q_rope, k_nope, k_rope, v))
