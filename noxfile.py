@@ -1,9 +1,9 @@
-"""Test sessions: `nox -s tests` with the oldest and the newest JAX, `nox -s lint`."""
+"""Sessions: `oldest` and `newest` run the tests with the oldest and the newest JAX, `lint` checks style and types."""
 
 import nox
 
 nox.options.default_venv_backend = "venv"
-OLDEST = ("jax==0.10.2", "flax==0.12.8", "optax==0.2.8", "orbax-checkpoint==0.12.8")
+OLDEST = ("jax==0.10.2", "flax==0.12.8", "optax==0.2.8")
 
 
 @nox.session(python="3.11")

@@ -1,9 +1,9 @@
 """DeepSeek-V3 in JAX.
 
-    import dsv3_jax
+import dsv3_jax
 
-    model = dsv3_jax.load("path/to/checkpoint")
-    print(model.generate(["def fibonacci(n):"])[0].text)
+model = dsv3_jax.load("path/to/checkpoint")
+print(model.generate(["def fibonacci(n):"])[0].text)
 """
 
 from typing import TYPE_CHECKING, Any

@@ -22,7 +22,7 @@ class BlockScaled:
     `weight_scale_inv`, which multiplies in spite of its name).
 
     Attributes:
-        values: float8_e4m3fn [..., N, K].
+        values: float8_e4m3fn [..., N, K], or uint8, its bit patterns.
         scales: float32 [..., ceil(N / 128), ceil(K / 128)].
     """
 

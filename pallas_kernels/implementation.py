@@ -1,5 +1,6 @@
 """The choice between an operation's implementations, in the manner of `jax.nn.dot_product_attention`."""
 
+import functools
 import logging
 from collections.abc import Callable
 from typing import TypeVar
@@ -8,7 +9,6 @@ import jax
 
 Function = TypeVar("Function", bound=Callable)
 logger = logging.getLogger(__name__)
-_reported: set[tuple[str, str]] = set()
 
 
 def choose(operation: str, implementation: str | None, implementations: dict[str, Function]) -> Function:
@@ -30,7 +30,11 @@ def choose(operation: str, implementation: str | None, implementations: dict[str
             f"expected None or one of {expected}"
         )
     name = implementation or next(iter(implementations))
-    if implementation is None and (operation, name) not in _reported:
-        _reported.add((operation, name))
-        logger.info("%s: %s implementation on %s", operation, name, jax.default_backend())
+    if implementation is None:
+        _report_once(operation, name, jax.default_backend())
     return implementations[name]
+
+
+@functools.cache
+def _report_once(operation: str, name: str, platform: str) -> None:
+    logger.info("%s: %s implementation on %s", operation, name, platform)

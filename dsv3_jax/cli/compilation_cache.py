@@ -34,7 +34,7 @@ def enable_compilation_cache(args: argparse.Namespace) -> None:
         jax.config.update("jax_enable_compilation_cache", False)
         return
     folder = args.compilation_cache
-    if folder is None and jax.config.jax_compilation_cache_dir:
+    if folder is None and jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
         return
     try:
         path = default_folder() if folder is None else folder

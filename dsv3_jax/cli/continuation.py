@@ -19,7 +19,7 @@ from dsv3_jax.cli.prompts import ChatOptions, Prompt, check_token_ids, encode_pr
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.errors import InputError
 from dsv3_jax.generate.complete import TextCompletion, complete
-from dsv3_jax.generate.sampling import SamplingParams
+from dsv3_jax.generate.sampling import SamplingParams, count_occurrences
 from dsv3_jax.generate.tokenizer import Tokenizer, eos_token_ids, load_tokenizer
 
 
@@ -106,6 +106,7 @@ def continue_prompts(args: argparse.Namespace, job: Job, prompts: Sequence[Promp
     stats = {"load_seconds": time.perf_counter() - started}
     alone = len(prompts) == 1
     results = []
+    occurrences = count_occurrences(rows)
     for batch in _batches(rows, job, args.batch_size):
         completions = complete(
             model.engine,
@@ -114,8 +115,9 @@ def continue_prompts(args: argparse.Namespace, job: Job, prompts: Sequence[Promp
             job.sampling_after(rows[batch[0]]),
             stop=job.stop,
             on_text=_print_piece if alone and not args.no_stream else None,
+            occurrences=[occurrences[n] for n in batch],
         )
-        _add_stats(stats, model.engine.stats)
+        _add_stats(stats, model.engine.stats, completions)
         for n, completion in zip(batch, completions, strict=True):
             if alone:
                 _print_end(completion, was_streamed=not args.no_stream)
@@ -166,12 +168,17 @@ def _result(prompt: Prompt, completion: TextCompletion) -> dict[str, Any]:
     }
 
 
-def _add_stats(total: dict[str, float], batch: dict[str, float]) -> None:
+def _add_stats(
+    total: dict[str, float], batch: dict[str, float], completions: Sequence[TextCompletion]
+) -> None:
     """Adds the counts and seconds of one batch; a rate is that of the sums."""
-    decoded = batch.get("decode_tokens_per_second", 0.0) * batch.get("decode_seconds", 0.0)
+    decoded = batch["decode_tokens_per_second"] * batch["decode_seconds"]
     decoded += total.get("decode_tokens_per_second", 0.0) * total.get("decode_seconds", 0.0)
-    for name in ("prompt_tokens", "new_tokens", "prefill_seconds", "decode_seconds"):
-        total[name] = total.get(name, 0) + batch.get(name, 0)
+    for name in ("prompt_tokens", "prefill_seconds", "decode_seconds"):
+        total[name] = total.get(name, 0) + batch[name]
+    # Not the engine's count: that has what was made beyond a stop string.
+    new_tokens = sum(len(completion.token_ids) for completion in completions)
+    total["new_tokens"] = total.get("new_tokens", 0) + new_tokens
     seconds = total["decode_seconds"]
     total["decode_tokens_per_second"] = decoded / seconds if seconds else 0.0
 

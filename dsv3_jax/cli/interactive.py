@@ -12,6 +12,7 @@ from dsv3_jax.cli.report import report
 from dsv3_jax.errors import InputError
 from dsv3_jax.generate.chat import Message
 from dsv3_jax.generate.complete import complete
+from dsv3_jax.generate.loop import Conversation
 
 HELP = "/reset forgets the conversation, /exit or end of input ends it, ^C stops an answer"
 
@@ -33,6 +34,7 @@ def talk(args: argparse.Namespace, job: Job) -> None:
             raise InputError(f"{job.folder}: has no chat template; expected --interactive alone, or one")
         print("dsv3: no chat template: each line is a text to continue by itself", file=sys.stderr)
     model = load_model(args, job)
+    conversation = Conversation()
 
     def answer(messages: list[Message], interrupted: Callable[[], bool]) -> str:
         if has_template:
@@ -48,6 +50,7 @@ def talk(args: argparse.Namespace, job: Job) -> None:
             stop=job.stop,
             on_text=lambda _, piece: print(piece, end="", flush=True),
             interrupted=interrupted,
+            conversation=conversation if has_template else None,
         )
         return completion.text or ""
 
@@ -69,7 +72,7 @@ def converse(answer: Answer, *, remembers: bool) -> None:
     messages: list[Message] = []
     while True:
         try:
-            line = input(">>> " if is_terminal else "").strip()
+            line = input(">>> " if is_terminal else "")
         except EOFError:
             if is_terminal:
                 print(file=sys.stderr)
@@ -77,16 +80,16 @@ def converse(answer: Answer, *, remembers: bool) -> None:
         except KeyboardInterrupt:  # at the prompt it drops the line, as in a shell
             print(file=sys.stderr)
             continue
-        if line == "/exit":
+        if line.strip() == "/exit":
             return
-        if line == "/reset":
+        if line.strip() == "/reset":
             messages.clear()
             if is_terminal:
                 print("forgotten", file=sys.stderr)
             continue
-        if not line:
+        if not line.strip():
             continue
-        asked = [*messages, {"role": "user", "content": line}]
+        asked = [*messages, {"role": "user", "content": line.strip() if remembers else line}]
         try:
             with watch_interrupts() as interrupted:
                 text = answer(asked, interrupted)

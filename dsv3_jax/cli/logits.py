@@ -1,8 +1,10 @@
 """`dsv3 logits`: logits of given tokens, to compare with another implementation."""
 
 import argparse
+import zipfile
 from pathlib import Path
 
+from dsv3_jax.cli.compilation_cache import add_cache_arguments, enable_compilation_cache
 from dsv3_jax.errors import InputError
 
 
@@ -31,6 +33,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="hidden state that the MTP module gets: after (default) or before the final norm",
     )
     add_precision_arguments(parser)
+    add_cache_arguments(parser)
     parser.set_defaults(run=run)
 
 
@@ -65,14 +68,18 @@ def run(args: argparse.Namespace) -> int:
 
     output = Path(args.output)
     check_output_file(output, "--output")
+    enable_compilation_cache(args)
     tokens, lengths = _read_input(Path(args.input))
     is_mtp = args.module == "mtp"
     model = load(
-        args.checkpoint, weights=args.weights, activations=args.activations, dtype=args.dtype, mtp=is_mtp
+        args.checkpoint,
+        weights=args.weights,
+        activations=args.activations,
+        dtype=args.dtype,
+        mtp=is_mtp,
+        with_tokenizer=False,
     )
     if is_mtp:
-        if not model.config.num_nextn_predict_layers:
-            raise InputError(f"{args.checkpoint}: --module mtp needs MTP modules; the config announces none")
         logits = mtp_logits(model, tokens, lengths, mode=args.mode, hidden=args.mtp_hidden)
     else:
         logits = main_logits(model, tokens, lengths, mode=args.mode)
@@ -82,18 +89,20 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _read_input(path: Path) -> tuple:
-    """Tokens int32 [B, T] and lengths int32 [B] of the input file. Raises InputError, naming what is wrong."""
+    """Tokens [B, T] and lengths int32 [B] of the input file. Raises InputError, naming what is wrong."""
     import numpy as np
 
     try:
         with np.load(path) as arrays:
+            if not isinstance(arrays, np.lib.npyio.NpzFile):
+                raise InputError(f"{path}: is one array; expected an .npz of tokens [B, T] and lengths [B]")
             missing = [name for name in ("tokens", "lengths") if name not in arrays.files]
             if missing:
                 raise InputError(
                     f"{path}: has no array {missing[0]!r}; expected tokens [B, T] and lengths [B]"
                 )
             tokens, lengths = arrays["tokens"], arrays["lengths"]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise InputError(f"{path}: cannot be read as .npz ({error})") from error
     if tokens.ndim != 2 or tokens.size == 0 or not np.issubdtype(tokens.dtype, np.integer):
         raise InputError(f"{path}: tokens is {tokens.dtype} {tokens.shape}; expected integers [B, T]")
@@ -105,4 +114,4 @@ def _read_input(path: Path) -> tuple:
         raise InputError(
             f"{path}: lengths are {lengths.min()} to {lengths.max()}; expected 1 to {tokens.shape[1]}"
         )
-    return tokens.astype(np.int32), lengths.astype(np.int32)
+    return tokens, lengths.astype(np.int32)

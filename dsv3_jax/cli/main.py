@@ -91,3 +91,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The interpreter flushes stdout once more on its way out, and would complain there.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
+    except OSError as error:
+        # A file that may not be read, a disk that is full.
+        if "--debug" in arguments:
+            traceback.print_exc()
+        report(InputError(f"{error.filename or 'input or output'}: {error.strerror or error}"))
+        return EXIT_BAD_INPUT

@@ -6,7 +6,8 @@ from collections.abc import Callable, Generator, Sequence
 from typing import Literal
 
 from dsv3_jax.errors import InputError
-from dsv3_jax.generate.loop import Completion, Engine, SamplingParams
+from dsv3_jax.generate.loop import BUFFER_TOKENS, Completion, Conversation, Engine
+from dsv3_jax.generate.sampling import SamplingParams
 from dsv3_jax.generate.stream import TextStream
 from dsv3_jax.generate.tokenizer import Tokenizer
 
@@ -37,6 +38,8 @@ def complete(
     stop: Sequence[str] = (),
     on_text: Callable[[int, str], None] | None = None,
     interrupted: Callable[[], bool] | None = None,
+    occurrences: Sequence[int] | None = None,
+    conversation: Conversation | None = None,
 ) -> list[TextCompletion]:
     """Continues a batch of prompts.
 
@@ -49,6 +52,7 @@ def complete(
         on_text: is given the texts piece by piece as they come, each piece with its row; it makes the engine
             stop after every token to look.
         interrupted: asked now and then (after every token with `on_text`); once it is true, all rows end.
+        occurrences, conversation: see `Engine.stream`.
 
     Raises:
         InputError: a prompt does not fit the model, or there is no tokenizer to find a stop string with.
@@ -58,7 +62,9 @@ def complete(
             raise InputError("--stop needs a tokenizer, and the checkpoint has none; expected tokenizer.json")
         return [
             TextCompletion(row.prompt_token_ids, row.token_ids, None, row.finish_reason)
-            for row in engine.generate([list(prompt) for prompt in prompts], sampling)
+            for row in engine.generate(
+                [list(prompt) for prompt in prompts], sampling, occurrences=occurrences
+            )
         ]
     decode = functools.partial(tokenizer.decode, skip_special=True)
     streams = [TextStream(decode, stop) for _ in prompts]
@@ -73,10 +79,16 @@ def complete(
         return stream.stopped or (interrupted is not None and interrupted())
 
     rows = [list(prompt) for prompt in prompts]
-    if on_text is None:
-        completions = engine.generate(rows, sampling, stopped=stopped)
-    else:
-        completions = _result(engine.stream(rows, sampling, stopped=stopped))
+    completions = _result(
+        engine.stream(
+            rows,
+            sampling,
+            stopped=stopped,
+            chunk=BUFFER_TOKENS if on_text is None else 1,
+            occurrences=occurrences,
+            conversation=conversation,
+        )
+    )
     results = []
     for row, (stream, completion) in enumerate(zip(streams, completions, strict=True)):
         give(row, stream.feed(completion.token_ids[len(stream.token_ids) :]) + stream.finish())

@@ -1,7 +1,7 @@
 """Generation of token ids: one jitted prefill and one jitted decode loop, for batches of mixed lengths."""
 
 import dataclasses
-import functools
+import itertools
 import time
 from collections.abc import Callable, Generator, Sequence
 from typing import Literal
@@ -13,8 +13,8 @@ from jax import Array, lax
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.errors import InputError
-from dsv3_jax.generate.sampling import Method, SamplingParams, row_keys, sample
-from dsv3_jax.model.cache import Cache, init_cache
+from dsv3_jax.generate.sampling import Method, SamplingParams, count_occurrences, row_keys, sample
+from dsv3_jax.model.cache import Cache, grow, init_cache
 from dsv3_jax.model.functional import Params, decode_step, extend, prefill
 from dsv3_jax.precision import Precision
 from pallas_kernels.decode import bit_patterns
@@ -22,8 +22,8 @@ from pallas_kernels.decode import bit_patterns
 BUFFER_TOKENS = 64
 """Tokens a row that one call of the decode loop makes at most, between two looks at ^C and stop strings."""
 
-MIN_KNOWN_PREFIX = 16
-"""Fewer tokens than this in common are the beginning that all prompts share, and not worth another program."""
+PREFILL_TOKENS = 8192
+"""Tokens of a batch that the model reads at once: longer prompts are read in chunks, so that memory stays bounded."""
 
 Stopped = Callable[[int, list[int]], bool]
 
@@ -57,6 +57,22 @@ class LoopState:
     keys: Array
 
 
+@dataclasses.dataclass
+class Conversation:
+    """What a cache holds of one conversation, so that the model reads only what its next turn adds.
+
+    Given to one stream after the other, never to two at once: a stream takes the cache over, and leaves it here when
+    it ends.
+
+    Attributes:
+        tokens: ids that are in the cache.
+        cache: of a batch of one; None before the first turn.
+    """
+
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    cache: Cache | None = None
+
+
 def bucket(length: int) -> int:
     """Least of 16, 24, 32, 48, 64, 96, ... that is not below `length`: programs are compiled for these only."""
     size = 16
@@ -84,7 +100,6 @@ class Engine:
         self.precision = precision
         self.num_tokens = min(num_tokens or config.vocab_size, config.vocab_size)
         self.stats: dict[str, float] = {}
-        self._previous: tuple[list[int], Cache] | None = None
 
     def generate(
         self,
@@ -92,9 +107,10 @@ class Engine:
         sampling: SamplingParams,
         *,
         stopped: Stopped | None = None,
+        occurrences: Sequence[int] | None = None,
     ) -> list[Completion]:
         """Continues all prompts to their end; see `stream` for arguments and errors."""
-        steps = self.stream(prompts, sampling, stopped=stopped, chunk=BUFFER_TOKENS)
+        steps = self.stream(prompts, sampling, stopped=stopped, chunk=BUFFER_TOKENS, occurrences=occurrences)
         while True:
             try:
                 next(steps)
@@ -108,6 +124,8 @@ class Engine:
         *,
         stopped: Stopped | None = None,
         chunk: int = 1,
+        occurrences: Sequence[int] | None = None,
+        conversation: Conversation | None = None,
     ) -> Generator[list[list[int]], None, list[Completion]]:
         """Continues a batch and hands out tokens as they come.
 
@@ -115,6 +133,9 @@ class Engine:
             prompts: token ids of each row; lengths may differ.
             stopped: asked after every chunk with the row and all its new ids, whether the row ends there.
             chunk: decode steps between two yields, at most 64.
+            occurrences: how many earlier rows have the same prompt, for each row; for batches that are parts of a
+                larger one. Counted in this batch if None.
+            conversation: the conversation that the one prompt continues.
 
         Yields:
             The new ids of every row since the last yield, without eos ids.
@@ -127,34 +148,39 @@ class Engine:
         """
         self.check(prompts, sampling)
         completions = [Completion(list(prompt), []) for prompt in prompts]
-        self.stats = {"prompt_tokens": sum(map(len, prompts)), "new_tokens": 0}
-        if sampling.max_new_tokens == 0:
+        self.stats = dict.fromkeys(("prefill_seconds", "decode_seconds", "decode_tokens_per_second"), 0.0)
+        self.stats |= {"prompt_tokens": sum(map(len, prompts)), "new_tokens": 0}
+        if not prompts or sampling.max_new_tokens == 0:
             return completions
+        occurrences = count_occurrences(prompts) if occurrences is None else occurrences
         started = time.perf_counter()
-        state = self._start(prompts, sampling)
+        state = self._start(prompts, sampling, row_keys(sampling.seed, occurrences), conversation)
         tokens = np.asarray(state.token)[:, None]
-        prefilled = time.perf_counter()
-        self.stats["prefill_seconds"] = prefilled - started
-        decode_seconds, steps = 0.0, 0
-        while True:
-            new = _collect(tokens, completions, sampling)
-            stop = [row for row, c in enumerate(completions) if stopped and stopped(row, c.token_ids)]
-            for row in stop:
-                completions[row].finish_reason = "stop"
-            self.stats["new_tokens"] = sum(len(c.token_ids) for c in completions)
-            self.stats["decode_seconds"] = decode_seconds
-            self.stats["decode_tokens_per_second"] = steps / decode_seconds if decode_seconds else 0.0
-            self._remember(completions, state)
-            yield new
-            done = np.asarray(state.done) | np.isin(np.arange(len(prompts)), stop)
-            if done.all():
-                return completions
-            begun = time.perf_counter()
-            state = dataclasses.replace(state, done=jnp.asarray(done))
-            buffer, state = self._decode(state, sampling, chunk)
-            tokens = np.asarray(buffer)
-            decode_seconds += time.perf_counter() - begun
-            steps += int((tokens >= 0).sum())
+        self.stats["prefill_seconds"] = time.perf_counter() - started
+        steps = 0
+        try:
+            while True:
+                new = _collect(tokens, completions, sampling)
+                stop = [row for row, c in enumerate(completions) if stopped and stopped(row, c.token_ids)]
+                for row in stop:
+                    completions[row].finish_reason = "stop"
+                self.stats["new_tokens"] = sum(len(c.token_ids) for c in completions)
+                yield new
+                done = np.asarray(state.done) | np.isin(np.arange(len(prompts)), stop)
+                if done.all():
+                    return completions
+                begun = time.perf_counter()
+                state = dataclasses.replace(state, done=jnp.asarray(done))
+                buffer, state = self._decode(state, sampling, chunk)
+                tokens = np.asarray(buffer)
+                steps += int((tokens >= 0).sum())
+                self.stats["decode_seconds"] += time.perf_counter() - begun
+                self.stats["decode_tokens_per_second"] = steps / self.stats["decode_seconds"]
+        finally:
+            if conversation is not None:
+                written = completions[0].prompt_token_ids + completions[0].token_ids
+                conversation.tokens = written[: int(state.cache.lengths[0])]
+                conversation.cache = state.cache
 
     def check(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> None:
         """Raises InputError where `stream` would refuse the prompts."""
@@ -174,50 +200,50 @@ class Engine:
                     f"fit the context; expected at most {self.config.max_position_embeddings} together"
                 )
 
-    def _start(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> LoopState:
+    def _start(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingParams,
+        keys: Array,
+        conversation: Conversation | None,
+    ) -> LoopState:
+        """Reads the prompts, a chunk at a time, and draws the first token of each row."""
+        static = {"config": self.config, "precision": self.precision}
         longest = max(map(len, prompts))
-        limit = self.config.max_position_embeddings
-        capacity = min(bucket(longest + sampling.max_new_tokens), limit)
-        keys = row_keys(sampling.seed, prompts)
-        cache, known = self._known_prefix(prompts, capacity)
-        rest = [prompt[known:] for prompt in prompts]
-        tokens, lengths = pad_rows(rest, min(bucket(max(map(len, rest))), cache.capacity))
-        program = _extend_program if known else _prefill_program
-        return program(
-            self.params,
-            tokens,
-            lengths,
-            cache,
-            keys,
-            sampling.numbers(),
-            self._eos(sampling),
-            jnp.int32(sampling.max_new_tokens),
-            **self._static(sampling),
+        cache, known = self._cache_for(prompts, longest + sampling.max_new_tokens, conversation)
+        size = max(PREFILL_TOKENS // len(prompts), 16)
+        logits = None
+        for start in range(known, longest, size):
+            rows = [prompt[start : start + size] for prompt in prompts]
+            tokens, lengths = pad_rows(rows, min(bucket(max(map(len, rows))), cache.capacity))
+            program = _prefill_program if start == 0 else _extend_program
+            chunk_logits, cache = program(self.params, tokens, lengths, cache, **static)
+            # A row's logits are those of the chunk in which its prompt ends.
+            logits = chunk_logits if logits is None else jnp.where(lengths[:, None] > 0, chunk_logits, logits)
+        count = jnp.zeros(len(prompts), jnp.int32)
+        token = _first_program(
+            logits, keys, count, sampling.numbers(), method=sampling.method, num_tokens=self.num_tokens
         )
+        done = (token[:, None] == self._eos(sampling)).any(-1) | (sampling.max_new_tokens == 1)
+        return LoopState(cache, token, count + 1, done, keys)
 
-    def _known_prefix(self, prompts: Sequence[Sequence[int]], capacity: int) -> tuple[Cache, int]:
-        """A cache with room for the batch, and how many tokens of the prompts are in it already.
-
-        A conversation's next turn begins with what the last one left in the cache.
-        """
-        previous, self._previous = self._previous, None
-        if previous is not None and len(prompts) == 1:
-            tokens, cache = previous
-            pairs = zip(tokens, prompts[0][:-1], strict=False)
-            known = next(
-                (i for i, (a, b) in enumerate(pairs) if a != b), min(len(tokens), len(prompts[0]) - 1)
-            )
-            if known >= MIN_KNOWN_PREFIX and cache.capacity >= capacity:
+    def _cache_for(
+        self, prompts: Sequence[Sequence[int]], length: int, conversation: Conversation | None
+    ) -> tuple[Cache, int]:
+        """A cache with room for `length` tokens a row, and how many tokens of the prompts are in it already."""
+        capacity = min(bucket(length), self.config.max_position_embeddings)
+        if conversation is not None:
+            # The last token is read again: its logits are not in the cache.
+            pairs = zip(conversation.tokens, prompts[0][:-1], strict=False)
+            known = sum(itertools.takewhile(bool, (a == b for a, b in pairs)))
+            cache, conversation.cache, conversation.tokens = conversation.cache, None, []
+            if cache is not None and known:
+                if cache.capacity < capacity:
+                    cache = grow(cache, self.config, capacity)
                 return dataclasses.replace(cache, lengths=jnp.full(1, known, jnp.int32)), known
         return init_cache(self.config, len(prompts), capacity, self.precision.dtype), 0
 
-    def _remember(self, completions: list[Completion], state: LoopState) -> None:
-        if len(completions) == 1:
-            cached = completions[0].prompt_token_ids + completions[0].token_ids
-            self._previous = (cached[: int(state.cache.lengths[0])], state.cache)
-
     def _decode(self, state: LoopState, sampling: SamplingParams, chunk: int) -> tuple[Array, LoopState]:
-        self._previous = None  # its cache is donated
         return _decode_program(
             self.params,
             state,
@@ -225,16 +251,11 @@ class Engine:
             self._eos(sampling),
             jnp.int32(sampling.max_new_tokens),
             jnp.int32(min(chunk, BUFFER_TOKENS)),
-            **self._static(sampling),
+            config=self.config,
+            precision=self.precision,
+            method=sampling.method,
+            num_tokens=self.num_tokens,
         )
-
-    def _static(self, sampling: SamplingParams) -> dict:
-        return {
-            "config": self.config,
-            "precision": self.precision,
-            "method": sampling.method,
-            "num_tokens": self.num_tokens,
-        }
 
     def _eos(self, sampling: SamplingParams) -> Array:
         ids = () if sampling.ignore_eos else sampling.eos_token_ids
@@ -270,29 +291,6 @@ def _next_token(
     if num_tokens < logits.shape[-1]:
         logits = jnp.where(jnp.arange(logits.shape[-1]) < num_tokens, logits, -jnp.inf)
     return sample(logits, jax.vmap(jax.random.fold_in)(keys, count), numbers, method)
-
-
-def _first_token(
-    run: Callable,
-    params: Params,
-    tokens: Array,
-    lengths: Array,
-    cache: Cache,
-    keys: Array,
-    numbers: Array,
-    eos: Array,
-    max_new_tokens: Array,
-    *,
-    config: ModelConfig,
-    precision: Precision,
-    method: Method,
-    num_tokens: int,
-) -> LoopState:
-    logits, cache = run(params, tokens, lengths, cache, config=config, precision=precision)
-    count = jnp.zeros_like(lengths)
-    token = _next_token(logits, keys, count, numbers, method, num_tokens)
-    done = (token[:, None] == eos).any(-1) | (max_new_tokens <= 1)
-    return LoopState(cache, token, count + 1, done, keys)
 
 
 def decode_loop(
@@ -344,11 +342,9 @@ def decode_loop(
     return buffer, state
 
 
-_STATIC = ("config", "precision", "method", "num_tokens")
-_prefill_program = jax.jit(
-    functools.partial(_first_token, prefill), static_argnames=_STATIC, donate_argnames="cache"
-)
-_extend_program = jax.jit(
-    functools.partial(_first_token, extend), static_argnames=_STATIC, donate_argnames="cache"
-)
-_decode_program = jax.jit(decode_loop, static_argnames=_STATIC, donate_argnames="state")
+_MODEL = ("config", "precision")
+_SAMPLING = ("method", "num_tokens")
+_prefill_program = jax.jit(prefill, static_argnames=_MODEL, donate_argnames="cache")
+_extend_program = jax.jit(extend, static_argnames=_MODEL, donate_argnames="cache")
+_first_program = jax.jit(_next_token, static_argnames=_SAMPLING)
+_decode_program = jax.jit(decode_loop, static_argnames=_MODEL + _SAMPLING, donate_argnames="state")

@@ -1,5 +1,6 @@
 """From logits to the next token: greedy, or random after temperature, top-k, top-p and min-p."""
 
+import collections
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -68,15 +69,20 @@ def _check(flag: str, value: float, good: bool, expected: str) -> None:
         raise InputError(f"{flag} is {value}; expected {expected}")
 
 
-def row_keys(seed: int, prompts: Sequence[Sequence[int]]) -> Array:
-    """One random key a row: from the seed, and from how many earlier rows have the same prompt. Key array [B]."""
-    seen: dict[tuple[int, ...], int] = {}
-    occurrence = []
+def count_occurrences(prompts: Sequence[Sequence[int]]) -> list[int]:
+    """For each prompt, how many of those before it are the same."""
+    seen: collections.Counter[tuple[int, ...]] = collections.Counter()
+    occurrences = []
     for prompt in map(tuple, prompts):
-        occurrence.append(seen.get(prompt, 0))
-        seen[prompt] = occurrence[-1] + 1
+        occurrences.append(seen[prompt])
+        seen[prompt] += 1
+    return occurrences
+
+
+def row_keys(seed: int, occurrences: Sequence[int]) -> Array:
+    """One random key a row, from the seed and `count_occurrences`: key array [B]."""
     key = jax.random.key(seed)
-    return jax.vmap(lambda n: jax.random.fold_in(key, n))(jnp.asarray(occurrence, jnp.uint32))
+    return jax.vmap(lambda n: jax.random.fold_in(key, n))(jnp.asarray(occurrences, jnp.uint32))
 
 
 def sample(logits: Array, keys: Array, numbers: Array, method: Method) -> Array:
@@ -93,7 +99,8 @@ def sample(logits: Array, keys: Array, numbers: Array, method: Method) -> Array:
     """
     if method == "greedy":
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = logits / numbers[0]
+    # The release's floor: below it the quotients overflow.
+    logits = logits / jnp.maximum(numbers[0], 1e-5)
     if method == "filtered":
         logits = keep_likely(logits, *numbers[1:])
     noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[-1:]))(keys)

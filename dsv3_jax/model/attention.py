@@ -9,7 +9,7 @@ from jax import Array
 
 from dsv3_jax.model.linear import Layer, Linear, Parameters, RMSNorm
 from dsv3_jax.model.rope import rotate, softmax_scale
-from pallas_kernels.decode import matrix_tile
+from pallas_kernels.block_scaled_matmul import block_scaled_head_matmul
 from pallas_kernels.mla_decode import mla_decode
 from pallas_kernels.mla_prefill import mla_prefill
 
@@ -120,24 +120,16 @@ class MLA(nnx.Module):
         """Attention of a few new tokens, without expanding the cache; arguments and results as of `prefix`."""
         q_nope, q_rope = self.queries(x, chunk.rope, layer)
         entries = write_entries(entries, self.latents(x, chunk.rope, layer), chunk, cache_layer)
-        key_part, value_part = self._kv_b_parts(layer, x.dtype)
-        q_latent = jnp.einsum("bqhd,hdc->bqhc", q_nope, key_part, precision="highest")
+        nope, kv_b = self.config.qk_nope_head_dim, self.kv_b_proj.matrix()
+        q_latent = block_scaled_head_matmul(q_nope, kv_b, rows=(0, nope), transpose=False, layer=layer)
         lengths = chunk.start + x.shape[1]
         context, _ = mla_decode(q_latent, q_rope, entries, lengths, scale=self.scale, layer=cache_layer)
-        heads = jnp.einsum("bqhc,hvc->bqhv", context, value_part, precision="highest")
+        value_rows = (nope, nope + self.config.v_head_dim)
+        heads = block_scaled_head_matmul(context, kv_b, rows=value_rows, transpose=True, layer=layer)
         return self.output(heads, layer), entries
 
     def _entry_parts(self) -> list[int]:
         return [self.config.kv_lora_rank, self.config.kv_lora_rank + self.config.qk_rope_head_dim]
-
-    def _kv_b_parts(self, layer: Layer, dtype: jnp.dtype) -> tuple[Array, Array]:
-        """kv_b_proj by head: [H, qk_nope_head_dim, kv_lora_rank] and [H, v_head_dim, kv_lora_rank]."""
-        weight = self.kv_b_proj.matrix()
-        index = () if layer is None else (layer,)
-        matrix = matrix_tile(weight, index, 0, weight.shape[-2]).astype(dtype)
-        matrix = matrix.reshape(self.config.num_attention_heads, -1, self.config.kv_lora_rank)
-        key_part, value_part = jnp.split(matrix, [self.config.qk_nope_head_dim], axis=1)
-        return key_part, value_part
 
 
 def write_entries(entries: Array, new: tuple[Array, Array], chunk: Chunk, cache_layer: Array | int) -> Array:

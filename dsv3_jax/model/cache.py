@@ -57,3 +57,13 @@ def init_cache(
         lengths=jnp.zeros(batch, jnp.int32),
         rope=jnp.asarray(rope_table(config, capacity)),
     )
+
+
+def grow(cache: Cache, config: ModelConfig, capacity: int) -> Cache:
+    """The same cache with room for `capacity` tokens a row, at least as many as before."""
+    more = capacity - cache.capacity
+    return Cache(
+        entries=jnp.pad(cache.entries, ((0, 0), (0, 0), (0, more), (0, 0))),
+        lengths=cache.lengths,
+        rope=jnp.asarray(rope_table(config, capacity)),
+    )

@@ -9,7 +9,7 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.precision import Precision
 from pallas_kernels.block_scaled import BlockScaled, Weight
 from pallas_kernels.block_scaled_matmul import ActivationFormat, block_scaled_matmul
-from pallas_kernels.decode import dot_transposed, to_float32
+from pallas_kernels.decode import to_float32
 from pallas_kernels.quantize import ScaleFormat, quantize_weight
 
 Layer = Array | int | None
@@ -95,8 +95,8 @@ class Embedding(nnx.Module):
         return to_float32(self.weight[...][tokens]).astype(self.dtype)
 
     def logits(self, x: Array) -> Array:
-        """The tied head: [M, hidden_size] -> float32 [M, vocab_size]."""
-        return dot_transposed(x.astype(jnp.float32), to_float32(self.weight[...]))
+        """The tied head: [..., hidden_size] -> float32 [..., vocab_size]."""
+        return block_scaled_matmul(x.astype(jnp.float32), self.weight[...])
 
 
 class RMSNorm(nnx.Module):

@@ -11,7 +11,7 @@ from pallas_kernels.quantize import ScaleFormat
 
 ActivationFormat = Literal["none", "float8"]
 
-__all__ = ["ActivationFormat", "block_scaled_matmul", "block_scaled_swiglu"]
+__all__ = ["ActivationFormat", "block_scaled_head_matmul", "block_scaled_matmul", "block_scaled_swiglu"]
 
 
 def block_scaled_matmul(
@@ -64,3 +64,32 @@ def block_scaled_swiglu(
     """
     function = choose("block_scaled_swiglu", implementation, {"reference": reference.block_scaled_swiglu})
     return function(x, gate, up, layer, activations, scale_fmt)
+
+
+def block_scaled_head_matmul(
+    x: Array,
+    weight: Weight,
+    *,
+    rows: tuple[int, int],
+    transpose: bool,
+    layer: Array | int | None = None,
+    implementation: str | None = None,
+) -> Array:
+    """Every head's vectors times a part of its own rows of a matrix: the absorbed halves of MLA's kv_b_proj.
+
+    The matrix has R = N / H rows a head. With W_h the rows `rows` of head h, the result is x_h @ W_h, or x_h @ W_h.T
+    with `transpose`; accumulated in float32, inputs not quantised (as in the release's `attn_impl = "absorb"`).
+
+    Args:
+        x: [..., H, D], D = rows[1] - rows[0]; with `transpose` [..., H, K].
+        weight: [L, N, K] with `layer`, [N, K] without; N a multiple of H.
+        rows: first and end of the part, within a head.
+        layer: index into the stack, a scalar, possibly traced.
+
+    Returns:
+        [..., H, K], with `transpose` [..., H, D], in x's dtype.
+    """
+    function = choose(
+        "block_scaled_head_matmul", implementation, {"reference": reference.block_scaled_head_matmul}
+    )
+    return function(x, weight, rows, transpose, layer)

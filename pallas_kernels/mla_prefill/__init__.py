@@ -1,5 +1,7 @@
 """`mla_prefill`: causal attention with expanded heads, where queries and keys are wider than values."""
 
+from collections.abc import Callable
+
 import jax
 from jax import Array
 
@@ -38,7 +40,7 @@ def mla_prefill(
     Returns:
         [B, T, H, Dv] in v's dtype.
     """
-    implementations = {"reference": reference.mla_prefill}
+    implementations: dict[str, Callable[..., Array]] = {"reference": reference.mla_prefill}
     if start is None and jax.default_backend() == "cpu" and q_nope.shape[1] <= cpu.MAX_LENGTH:
         implementations = {"by_head": cpu.mla_prefill_by_head} | implementations
     function = choose("mla_prefill", implementation, implementations)

@@ -1,3 +1,5 @@
+import dataclasses
+from collections.abc import Generator
 from pathlib import Path
 
 import numpy as np
@@ -5,7 +7,15 @@ import pytest
 
 import dsv3_jax
 from dsv3_jax.errors import InputError
-from dsv3_jax.generate.loop import BUFFER_TOKENS, Engine, _decode_program, _prefill_program, bucket
+from dsv3_jax.generate.loop import (
+    BUFFER_TOKENS,
+    Completion,
+    Conversation,
+    Engine,
+    _decode_program,
+    _prefill_program,
+    bucket,
+)
 from dsv3_jax.generate.sampling import SamplingParams
 
 PROMPTS = [[5, 9, 40, 7], [11], [60, 61, 62, 63, 64, 65, 66]]
@@ -19,6 +29,15 @@ def engine(tiny_checkpoint: Path) -> Engine:
 def greedy(engine: Engine, **changes) -> list[list[int]]:
     sampling = SamplingParams(**{"max_new_tokens": 20, "ignore_eos": True} | changes)
     return [c.token_ids for c in engine.generate(PROMPTS, sampling)]
+
+
+def finish(steps: Generator[list[list[int]], None, list[Completion]]) -> list[Completion]:
+    """Runs a stream to its end, for what it returns."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value
 
 
 def test_stream_yields_what_generate_returns(engine: Engine) -> None:
@@ -63,13 +82,7 @@ def test_stopped_rows_end_and_the_others_go_on(engine: Engine) -> None:
         return row == 1 and len(ids) >= 5
 
     sampling = SamplingParams(max_new_tokens=20, ignore_eos=True)
-    steps = engine.stream(PROMPTS, sampling, stopped=stopped)
-    while True:
-        try:
-            next(steps)
-        except StopIteration as end:
-            completions = end.value
-            break
+    completions = finish(engine.stream(PROMPTS, sampling, stopped=stopped))
     assert [c.token_ids for c in completions] == [plain[0], plain[1][:5], plain[2]]
     assert [c.finish_reason for c in completions] == ["length", "stop", "length"]
 
@@ -89,21 +102,52 @@ def test_equal_prompts_get_different_samples(engine: Engine) -> None:
     assert first.token_ids != second.token_ids
 
 
-def test_next_turn_reuses_the_cache(engine: Engine) -> None:
+def test_next_turn_reads_only_what_is_new(engine: Engine) -> None:
     sampling = SamplingParams(max_new_tokens=20, ignore_eos=True)
-    first = engine.generate([PROMPTS[0]], sampling)[0]
-    conversation = [*PROMPTS[0], *first.token_ids, 8, 15, 22]
-    _, known = engine._known_prefix([conversation], 16)
-    assert known == len(PROMPTS[0]) + 19  # the last token has not been through the model
-    engine.generate([PROMPTS[0]], sampling)
-    continued = engine.generate([conversation], sampling)[0]
-    engine.generate([PROMPTS[1]], sampling)
-    assert engine.generate([conversation], sampling)[0].token_ids == continued.token_ids
+    conversation = Conversation()
+    first = finish(engine.stream([PROMPTS[0]], sampling, conversation=conversation))[0]
+    assert (
+        conversation.tokens == [*PROMPTS[0], *first.token_ids][:-1]
+    )  # the last one was not fed to the model
+    turn = [*PROMPTS[0], *first.token_ids, *range(8, 60)]  # longer than the cache has room for
+    _, known = engine._cache_for([turn], 100, dataclasses.replace(conversation))
+    assert known == len(PROMPTS[0]) + 19
+    second = finish(engine.stream([turn], sampling, conversation=conversation))[0]
+    assert second.token_ids == engine.generate([turn], sampling)[0].token_ids
+    # Another branch from the middle: what was cached beyond it does not count.
+    branch = [*turn[:10], 3, 4, 5]
+    third = finish(engine.stream([branch], sampling, conversation=conversation))[0]
+    assert third.token_ids == engine.generate([branch], sampling)[0].token_ids
 
 
-def test_prompts_that_begin_alike_by_chance_share_nothing(engine: Engine) -> None:
-    engine.generate([PROMPTS[0]], SamplingParams(max_new_tokens=20, ignore_eos=True))
-    assert engine._known_prefix([[*PROMPTS[0], 1, 2, 3]], 16)[1] == 0
+def test_streams_of_one_engine_do_not_disturb_each_other(engine: Engine) -> None:
+    expected = greedy(engine)
+    sampling = SamplingParams(max_new_tokens=20, ignore_eos=True)
+    streams = [engine.stream([prompt], sampling) for prompt in PROMPTS]
+    rows: list[list[int]] = [[], [], []]
+    for _ in range(20):
+        for row, stream in zip(rows, streams, strict=True):
+            row.extend(next(stream)[0])
+    assert rows == expected
+
+
+def test_long_prompts_are_read_in_chunks(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = [list(range(2, 72)), [7], list(range(100, 133))]
+    sampling = SamplingParams(max_new_tokens=8, ignore_eos=True)
+    expected = engine.generate(prompts, sampling)
+    monkeypatch.setattr("dsv3_jax.generate.loop.PREFILL_TOKENS", 3 * 16)
+    assert [c.token_ids for c in engine.generate(prompts, sampling)] == [c.token_ids for c in expected]
+
+
+def test_occurrences_are_those_of_the_whole_list(engine: Engine) -> None:
+    sampling = SamplingParams(max_new_tokens=12, temperature=1.0, ignore_eos=True)
+    both = engine.generate([PROMPTS[0], PROMPTS[0]], sampling)
+    second = engine.generate([PROMPTS[0]], sampling, occurrences=[1])[0]
+    assert second.token_ids == both[1].token_ids
+
+
+def test_no_prompts_give_no_completions(engine: Engine) -> None:
+    assert engine.generate([], SamplingParams()) == []
 
 
 def test_ids_beyond_the_tokenizer_are_never_generated(tiny_checkpoint: Path) -> None:

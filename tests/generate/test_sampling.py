@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dsv3_jax.errors import InputError
-from dsv3_jax.generate.sampling import SamplingParams, keep_likely, row_keys, sample
+from dsv3_jax.generate.sampling import SamplingParams, count_occurrences, keep_likely, row_keys, sample
 
 LOGITS = jnp.log(jnp.asarray([[0.05, 0.4, 0.25, 0.2, 0.1]]))
 
@@ -54,16 +54,24 @@ def test_frequencies_follow_the_temperature() -> None:
     assert (np.abs(frequency - expected) < 4 * np.sqrt(expected * (1 - expected) / 20000)).all()
 
 
+def test_smallest_temperatures_are_greedy() -> None:
+    params = SamplingParams(temperature=1e-38)
+    tokens = sample(
+        jnp.broadcast_to(LOGITS, (50, 5)), row_keys(0, range(50)), params.numbers(), params.method
+    )
+    assert set(np.asarray(tokens).tolist()) == {1}
+
+
 def test_greedy_takes_the_likeliest() -> None:
     params = SamplingParams()
     assert params.method == "greedy"
-    keys = row_keys(0, [[1]])
+    keys = row_keys(0, [0])
     assert int(sample(LOGITS, keys, params.numbers(), params.method)[0]) == 1
 
 
 def test_keys_depend_on_seed_and_prompt_not_on_the_batch() -> None:
     def bits(seed: int, prompts: list[list[int]]) -> list:
-        return jax.random.key_data(row_keys(seed, prompts)).tolist()
+        return jax.random.key_data(row_keys(seed, count_occurrences(prompts))).tolist()
 
     alone = bits(7, [[5, 6]])[0]
     assert bits(7, [[1], [5, 6], [2, 3]])[1] == alone
