@@ -93,9 +93,10 @@ def _read_input(path: Path) -> tuple:
     import numpy as np
 
     try:
-        with np.load(path) as arrays:
-            if not isinstance(arrays, np.lib.npyio.NpzFile):
-                raise InputError(f"{path}: is one array; expected an .npz of tokens [B, T] and lengths [B]")
+        arrays = np.load(path)
+        if not isinstance(arrays, np.lib.npyio.NpzFile):
+            raise InputError(f"{path}: is one array; expected an .npz of tokens [B, T] and lengths [B]")
+        with arrays:
             missing = [name for name in ("tokens", "lengths") if name not in arrays.files]
             if missing:
                 raise InputError(

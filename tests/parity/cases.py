@@ -107,6 +107,36 @@ CASES = (
         "F32",
         5,
     ),
+    Case(
+        "moonlight-plain-rope",
+        V3
+        | {
+            "q_lora_rank": None,
+            "n_group": 1,
+            "topk_group": 1,
+            "n_shared_experts": 2,
+            "routed_scaling_factor": 2.446,
+            "rope_scaling": None,
+            "rope_theta": 50000.0,
+            # Large, so that the norms whose eps it does not set show: they keep 1e-6.
+            "rms_norm_eps": 1e-2,
+        },
+        "BF16",
+        17,
+    ),
+    Case(
+        "kimi-step-ramp-tied",
+        V3
+        | {
+            "n_group": 1,
+            "topk_group": 1,
+            "rope_theta": 50000.0,
+            "rope_scaling": YARN | {"factor": 32, "beta_fast": 1},
+            "tie_word_embeddings": True,
+        },
+        "BF16",
+        8,
+    ),
     Case("v3-mtp", V3 | {"num_nextn_predict_layers": 1, "torch_dtype": "float16"}, "F16", 6),
 )
 
@@ -127,8 +157,9 @@ def shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     out = {
         "model.embed_tokens.weight": (config["vocab_size"], hidden),
         "model.norm.weight": (hidden,),
-        "lm_head.weight": (config["vocab_size"], hidden),
     }
+    if not config["tie_word_embeddings"]:
+        out["lm_head.weight"] = (config["vocab_size"], hidden)
 
     def mlp(prefix: str, width: int) -> None:
         out[f"{prefix}.gate_proj.weight"] = (width, hidden)

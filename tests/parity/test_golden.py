@@ -1,6 +1,5 @@
 """Parity with `transformers` through golden files (tests/parity/make_golden.py); no torch needed."""
 
-import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -29,8 +28,14 @@ class Loaded(NamedTuple):
 
 @pytest.fixture(scope="module")
 def load(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case], Loaded]:
-    @functools.cache
+    loaded: dict[str, Loaded] = {}
+
     def load(case: Case) -> Loaded:
+        if case.name not in loaded:
+            loaded[case.name] = read(case)
+        return loaded[case.name]
+
+    def read(case: Case) -> Loaded:
         folder = write_checkpoint(tmp_path_factory.mktemp(case.name), case.config, stored_tensors(case))
         model = dsv3_jax.load(folder, dtype="float32", mtp=bool(case.config["num_nextn_predict_layers"]))
         with np.load(GOLDEN / f"{case.name}.npz") as arrays:
