@@ -36,7 +36,7 @@ def add_parser(subparsers: Any) -> None:
         help="folder of the checkpoint and of the run's state",
     )
     add("--config", metavar="NAME|FILE", default="tiny", help="bundled config or config.json (default: tiny)")
-    add("--tokens", metavar="N", type=_positive_int, default=12_000_000, help="in all (default: %(default)s)")
+    add("--tokens", metavar="N", type=_positive_int, default=13_000_000, help="in all (default: %(default)s)")
     add(
         "--batch-size",
         metavar="N",

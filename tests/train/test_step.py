@@ -21,6 +21,7 @@ from dsv3_jax.train.step import (
     updated_router_bias,
 )
 
+LOSSES = jax.jit(token_losses, static_argnames=("config", "precision"))
 OPTIMIZER = make_optimizer(1e-2, 200)
 
 
@@ -55,7 +56,7 @@ def test_load_counts_every_choice_of_every_layer() -> None:
 
 def test_losses_are_those_of_the_plain_model(config: ModelConfig, batch: jax.Array) -> None:
     params = init_params(config, TRAIN_PRECISION, jax.random.key(0))
-    losses, ids = token_losses(params, batch, config=config, precision=TRAIN_PRECISION)
+    losses, ids = LOSSES(params, batch, config=config, precision=TRAIN_PRECISION)
     hidden, routing = train_hidden(
         params, batch[:, :-1], jnp.asarray(rope_table(config, 16)), config=config, precision=TRAIN_PRECISION
     )
@@ -71,7 +72,7 @@ def test_a_step_moves_the_bias_by_its_rule_alone(
     config: ModelConfig, batch: jax.Array, train_step: TrainStep
 ) -> None:
     params = init_params(config, TRAIN_PRECISION, jax.random.key(0))
-    _, ids = token_losses(params, batch, config=config, precision=TRAIN_PRECISION)
+    _, ids = LOSSES(params, batch, config=config, precision=TRAIN_PRECISION)
     assert ids is not None
     load = np.asarray(expert_load(ids, config.n_routed_experts))
     state, metrics = train_step(init_state(params, OPTIMIZER), batch)
