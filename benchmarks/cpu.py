@@ -133,13 +133,14 @@ def serve(folder: Path, contender: str) -> None:
 def measure(folder: Path, rounds: int) -> dict[str, dict[str, float]]:
     """Best tokens a second: workload -> contender -> figure."""
     command = [sys.executable, __file__, "--folder", str(folder), "--serve"]
-    children = {
-        name: subprocess.Popen([*command, name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        for name in CONTENDERS
-    }
+    children: dict[str, subprocess.Popen] = {}
     try:
-        for name, child in children.items():
-            if _answer(name, child) != "ready":
+        for name in CONTENDERS:
+            # One after the other: warming up side by side, they would fight for the cores.
+            children[name] = subprocess.Popen(
+                [*command, name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            )
+            if _answer(name, children[name]) != "ready":
                 raise RuntimeError(f"{name}: unexpected answer")
         best = {workload: dict.fromkeys(CONTENDERS, 0.0) for workload in WORKLOADS}
         for _ in range(rounds):

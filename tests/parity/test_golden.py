@@ -69,6 +69,7 @@ def test_mtp_logits(load: Load, mode: Literal["prefill", "decode"], hidden: Lite
     assert_close(logits, loaded.golden, f"mtp_{hidden}")
 
 
+@pytest.mark.slow
 @every_case
 def test_greedy_tokens_of_a_mixed_batch(case: Case, load: Load) -> None:
     loaded = load(case)

@@ -50,6 +50,7 @@ def test_released_model_is_cut_at_blocks() -> None:
     assert q_b_proj["weight"].spec == PartitionSpec(None, "tensor", None)
 
 
+@pytest.mark.slow
 def test_sharded_model_generates_the_same_tokens(tiny_checkpoint: Path) -> None:
     environment = os.environ | {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=4",

@@ -14,6 +14,8 @@ from dsv3_jax.train.corpus import Corpus
 from dsv3_jax.train.run import LOG_FILE, Run, train
 from dsv3_jax.train.state_file import STATE_FILE
 
+pytestmark = pytest.mark.slow
+
 LENGTH, BATCH_SIZE = 16, 2
 STEP = LENGTH * BATCH_SIZE
 
