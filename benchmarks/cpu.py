@@ -78,8 +78,8 @@ def prompts(batch: int, length: int) -> np.ndarray:
 
 def time_transformers(folder: Path, experts: str):
     """Seconds of (prefill, decode) of `transformers` in float32, as a function of a workload."""
-    import torch
-    from transformers import AutoModelForCausalLM
+    import torch  # pyright: ignore[reportMissingImports]
+    from transformers import AutoModelForCausalLM  # pyright: ignore[reportMissingImports]
 
     model = AutoModelForCausalLM.from_pretrained(folder / "float32", dtype=torch.float32).eval()
     model.set_experts_implementation(experts)
