@@ -159,8 +159,10 @@ def read_into(fd: int, offset: int, memory: np.ndarray, info: TensorInfo) -> Non
         except OSError as error:
             raise InputError(f"{info.path}: tensor {info.name} cannot be read ({error.strerror})") from error
         if count == 0:
+            end = os.fstat(fd).st_size
             raise InputError(
-                f"{info.path}: truncated: ends at byte {offset + done}, inside tensor {info.name}"
+                f"{info.path}: truncated: ends at byte {end}; tensor {info.name} goes on to "
+                f"{offset + len(view)}"
             )
         done += count
 
