@@ -10,31 +10,65 @@ import jax
 Function = TypeVar("Function", bound=Callable)
 logger = logging.getLogger(__name__)
 
+PALLAS_PLATFORMS = ("tpu",)
+"""Where the Pallas kernels are picked unasked; asked for by name they also run, interpreted, on a CPU."""
 
-def choose(operation: str, implementation: str | None, implementations: dict[str, Function]) -> Function:
+
+def target() -> tuple[str, str]:
+    """Platform and device kind that is compiled for: of the mesh in force (`jax.set_mesh`), else the default device.
+
+    A mesh may consist of devices that are not there (`jax.experimental.topologies`), which is how a program is
+    compiled ahead of time for another machine.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is not None:
+        return device.platform, device.device_kind
+    return jax.default_backend(), jax.devices()[0].device_kind
+
+
+def choose(
+    operation: str,
+    implementation: str | None,
+    implementations: dict[str, Function],
+    unsupported: str | None = None,
+) -> Function:
     """Returns the implementation called `implementation`, or the platform's own where that is None.
 
     What is picked by platform is logged once at info level.
 
     Args:
         operation: name of the operation, for messages.
-        implementations: name -> function; "reference" is always among them.
+        implementations: name -> function; "reference" is always among them, "pallas" where there is a kernel, "cpu"
+            where XLA's CPU backend needs another form of the reference.
+        unsupported: why the kernel cannot take these arguments; None if it can.
 
     Raises:
-        ValueError: the operation has no implementation of that name on this platform.
+        ValueError: the implementation asked for does not exist, or cannot run on this platform or these arguments.
     """
-    if implementation is not None and implementation not in implementations:
+    platform, kind = target()
+    if implementation is None:
+        name = _default(platform, implementations, unsupported)
+        _report_once(operation, name, kind, unsupported if platform in PALLAS_PLATFORMS else None)
+        return implementations[name]
+    if implementation not in implementations:
         expected = ", ".join(repr(name) for name in implementations)
         raise ValueError(
-            f"{operation}: no implementation {implementation!r} on {jax.default_backend()}; "
-            f"expected None or one of {expected}"
+            f"{operation}: no implementation {implementation!r} on {kind}; expected None or one of {expected}"
         )
-    name = implementation or next(iter(implementations))
-    if implementation is None:
-        _report_once(operation, name, jax.default_backend())
-    return implementations[name]
+    if implementation == "pallas" and platform not in (*PALLAS_PLATFORMS, "cpu"):
+        raise ValueError(f"{operation}: no Pallas kernel for {kind}; expected None or 'reference'")
+    if implementation == "pallas" and unsupported:
+        raise ValueError(f"{operation}: the Pallas kernel does not take {unsupported}")
+    return implementations[implementation]
+
+
+def _default(platform: str, implementations: dict[str, Function], unsupported: str | None) -> str:
+    if platform in PALLAS_PLATFORMS and "pallas" in implementations and unsupported is None:
+        return "pallas"
+    return "cpu" if platform == "cpu" and "cpu" in implementations else "reference"
 
 
 @functools.cache
-def _report_once(operation: str, name: str, platform: str) -> None:
-    logger.info("%s: %s implementation on %s", operation, name, platform)
+def _report_once(operation: str, name: str, kind: str, unsupported: str | None) -> None:
+    reason = f" (the Pallas kernel does not take {unsupported})" if unsupported else ""
+    logger.info("%s: %s implementation on %s%s", operation, name, kind, reason)
