@@ -45,3 +45,16 @@ def chip() -> Chip:
 def interpret() -> Any:
     """`pl.pallas_call`'s argument of that name: False on a TPU, else an interpreter that knows TPU memories."""
     return False if target()[0] == "tpu" else pltpu.InterpretParams()
+
+
+def compiler_params(dimension_semantics: tuple[str, ...], vmem_bytes: int) -> pltpu.CompilerParams:
+    """Parameters of a kernel that uses `vmem_bytes` of VMEM, both buffers of every block counted.
+
+    A limit is a reservation: above the default it is raised only as far as it is used, with an eighth for what the
+    compiler keeps itself.
+    """
+    limit = vmem_bytes + vmem_bytes // 8 + MIB
+    return pltpu.CompilerParams(
+        dimension_semantics=dimension_semantics,
+        vmem_limit_bytes=min(limit, chip().vmem_bytes) if limit > chip().scoped_vmem_bytes else None,
+    )

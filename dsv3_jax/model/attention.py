@@ -8,10 +8,11 @@ from flax import nnx
 from jax import Array
 
 from dsv3_jax.model.linear import Layer, Linear, Parameters, RMSNorm
-from dsv3_jax.model.rope import rotate, softmax_scale
-from pallas_kernels.block_scaled_matmul import block_scaled_head_matmul
+from dsv3_jax.model.rope import softmax_scale
 from pallas_kernels.mla_decode import mla_decode
+from pallas_kernels.mla_heads import HeadDims, absorb_queries, head_values
 from pallas_kernels.mla_prefill import mla_prefill
+from pallas_kernels.rotary import rotate
 
 LORA_NORM_EPS = 1e-6
 """transformers and the release fix the eps of q_a_layernorm and kv_a_layernorm, whatever rms_norm_eps says."""
@@ -55,14 +56,18 @@ class MLA(nnx.Module):
         self.kv_b_proj = Linear(make, stack, heads * (config.qk_nope_head_dim + config.v_head_dim), rank)
         self.o_proj = Linear(make, stack, hidden, heads * config.v_head_dim)
         self.config = config
+        self.dims = HeadDims(config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim)
         self.scale = softmax_scale(config)
+
+    def query_rows(self, x: Array, layer: Layer) -> Array:
+        """[..., hidden] -> [..., H * (qk_nope_head_dim + qk_rope_head_dim)], not rotated."""
+        if self.config.q_lora_rank is None:
+            return self.q_proj(x, layer)
+        return self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x, layer), layer), layer)
 
     def queries(self, x: Array, rope: Array, layer: Layer) -> tuple[Array, Array]:
         """[B, T, hidden] -> [B, T, H, qk_nope_head_dim] and rotated [B, T, H, qk_rope_head_dim]."""
-        if self.config.q_lora_rank is None:
-            q = self.q_proj(x, layer)
-        else:
-            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x, layer), layer), layer)
+        q = self.query_rows(x, layer)
         q = q.reshape(*x.shape[:2], self.config.num_attention_heads, self.config.qk_head_dim)
         q_nope, q_rope = jnp.split(q, [self.config.qk_nope_head_dim], axis=-1)
         return q_nope, rotate(q_rope, rope[:, :, None])
@@ -118,15 +123,17 @@ class MLA(nnx.Module):
         self, x: Array, chunk: Chunk, entries: Array, layer: Layer, cache_layer: Array | int
     ) -> tuple[Array, Array]:
         """Attention of a few new tokens, without expanding the cache; arguments and results as of `prefix`."""
-        q_nope, q_rope = self.queries(x, chunk.rope, layer)
+        batch, length, _ = x.shape
+        kv_b, dims = self.kv_b_proj.matrix(), self.dims
+        rope = chunk.rope.reshape(batch * length, -1)
+        q = self.query_rows(x, layer).reshape(batch * length, -1)
+        q_latent, q_rope = absorb_queries(q, rope, kv_b, dims, layer=layer)
         entries = write_entries(entries, self.latents(x, chunk.rope, layer), chunk, cache_layer)
-        nope, kv_b = self.config.qk_nope_head_dim, self.kv_b_proj.matrix()
-        q_latent = block_scaled_head_matmul(q_nope, kv_b, rows=(0, nope), transpose=False, layer=layer)
-        lengths = chunk.start + x.shape[1]
+        q_latent, q_rope = (part.reshape(batch, length, *part.shape[1:]) for part in (q_latent, q_rope))
+        lengths = chunk.start + length
         context, _ = mla_decode(q_latent, q_rope, entries, lengths, scale=self.scale, layer=cache_layer)
-        value_rows = (nope, nope + self.config.v_head_dim)
-        heads = block_scaled_head_matmul(context, kv_b, rows=value_rows, transpose=True, layer=layer)
-        return self.output(heads, layer), entries
+        heads = head_values(context.reshape(-1, *context.shape[2:]), kv_b, dims, layer=layer)
+        return self.output(heads.reshape(batch, length, -1), layer), entries
 
     def _entry_parts(self) -> list[int]:
         return [self.config.kv_lora_rank, self.config.kv_lora_rank + self.config.qk_rope_head_dim]

@@ -2,9 +2,7 @@
 
 import math
 
-import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
 from dsv3_jax.config import ModelConfig, YarnScaling
 
@@ -65,18 +63,3 @@ def rope_table(config: ModelConfig, length: int) -> np.ndarray:
     elif yarn:
         factor = yarn_mscale(yarn.factor, 1.0)
     return (np.concatenate([np.cos(angles), np.sin(angles)], axis=-1) * factor).astype(np.float32)
-
-
-def rotate(x: Array, cos_sin: Array) -> Array:
-    """Turns the pairs (0, 1), (2, 3), ... of the last dimension, in float32.
-
-    The result has the even dims first and the odd ones last: queries and keys alike, so that scores are those of the
-    interleaved order and no shuffle is needed to put it back.
-
-    Args:
-        x: [..., Dr].
-        cos_sin: float32, broadcastable to x: cosines [..., Dr / 2], then sines.
-    """
-    even, odd = x[..., ::2].astype(jnp.float32), x[..., 1::2].astype(jnp.float32)
-    cos, sin = jnp.split(cos_sin, 2, axis=-1)
-    return jnp.concatenate([even * cos - odd * sin, even * sin + odd * cos], axis=-1).astype(x.dtype)

@@ -2,16 +2,19 @@
 
 from typing import Literal
 
+import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
 
 from pallas_kernels.block_scaled import Weight
-from pallas_kernels.block_scaled_matmul import reference
+from pallas_kernels.block_scaled_matmul import reference, tpu
 from pallas_kernels.implementation import choose
+from pallas_kernels.normalize import Norm
 from pallas_kernels.quantize import ScaleFormat
 
 ActivationFormat = Literal["none", "float8"]
 
-__all__ = ["ActivationFormat", "block_scaled_head_matmul", "block_scaled_matmul", "block_scaled_swiglu"]
+__all__ = ["ActivationFormat", "block_scaled_matmul", "block_scaled_swiglu"]
 
 
 def block_scaled_matmul(
@@ -21,25 +24,33 @@ def block_scaled_matmul(
     layer: Array | int | None = None,
     activations: ActivationFormat = "none",
     scale_fmt: ScaleFormat = None,
+    norm: Norm | None = None,
+    residual: Array | None = None,
+    out_dtype: DTypeLike | None = None,
     implementation: str | None = None,
 ) -> Array:
     """x @ W.T for one matrix W of a stack, accumulated in float32 (`fp8_gemm` of the release's kernel.py).
 
     The whole stack goes in with a layer index, so that a `lax.scan` over layers copies no weight. Gradients flow
-    into x and into plain weights.
+    into x and into plain weights where the reference runs.
 
     Args:
         x: [..., K].
         weight: [L, N, K] with `layer`, [N, K] without.
         layer: index into the stack, a scalar, possibly traced.
-        activations: "float8" quantises x in blocks of 1 x 128 before the product (W8A8).
+        activations: "float8" quantises x in blocks of 1 x 128 before the product (W8A8), if the weight is FP8.
         scale_fmt: format of the activations' scales.
+        norm: RMSNorm that x passes first; its weight is stacked as `weight` is.
+        residual: [..., N], added to the product after that is rounded to the result's type.
+        out_dtype: type of the result; x's if None.
 
     Returns:
-        [..., N] in x's dtype.
+        [..., N].
     """
-    function = choose("block_scaled_matmul", implementation, {"reference": reference.block_scaled_matmul})
-    return function(x, weight, layer, activations, scale_fmt)
+    implementations = {"reference": reference.block_scaled_matmul, "pallas": tpu.block_scaled_matmul}
+    function = choose("block_scaled_matmul", implementation, implementations, tpu.unsupported(weight))
+    dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
+    return function(x, (weight,), layer, activations, scale_fmt, norm, residual, dtype)
 
 
 def block_scaled_swiglu(
@@ -50,6 +61,7 @@ def block_scaled_swiglu(
     layer: Array | int | None = None,
     activations: ActivationFormat = "none",
     scale_fmt: ScaleFormat = None,
+    norm: Norm | None = None,
     implementation: str | None = None,
 ) -> Array:
     """silu(x @ G.T) * (x @ U.T): the first half of the MLP, x read and quantised once.
@@ -57,39 +69,11 @@ def block_scaled_swiglu(
     Args:
         x: [..., K].
         gate, up: [L, N, K] with `layer`, [N, K] without.
-        layer, activations, scale_fmt: as in `block_scaled_matmul`.
+        layer, activations, scale_fmt, norm: as in `block_scaled_matmul`.
 
     Returns:
         [..., N] in x's dtype; the activation function is computed in float32.
     """
-    function = choose("block_scaled_swiglu", implementation, {"reference": reference.block_scaled_swiglu})
-    return function(x, gate, up, layer, activations, scale_fmt)
-
-
-def block_scaled_head_matmul(
-    x: Array,
-    weight: Weight,
-    *,
-    rows: tuple[int, int],
-    transpose: bool,
-    layer: Array | int | None = None,
-    implementation: str | None = None,
-) -> Array:
-    """Every head's vectors times a part of its own rows of a matrix: the absorbed halves of MLA's kv_b_proj.
-
-    The matrix has R = N / H rows a head. With W_h the rows `rows` of head h, the result is x_h @ W_h, or x_h @ W_h.T
-    with `transpose`; accumulated in float32, inputs not quantised (as in the release's `attn_impl = "absorb"`).
-
-    Args:
-        x: [..., H, D], D = rows[1] - rows[0]; with `transpose` [..., H, K].
-        weight: [L, N, K] with `layer`, [N, K] without; N a multiple of H.
-        rows: first and end of the part, within a head.
-        layer: index into the stack, a scalar, possibly traced.
-
-    Returns:
-        [..., H, K], with `transpose` [..., H, D], in x's dtype.
-    """
-    function = choose(
-        "block_scaled_head_matmul", implementation, {"reference": reference.block_scaled_head_matmul}
-    )
-    return function(x, weight, rows, transpose, layer)
+    implementations = {"reference": reference.block_scaled_matmul, "pallas": tpu.block_scaled_matmul}
+    function = choose("block_scaled_swiglu", implementation, implementations, tpu.unsupported(gate))
+    return function(x, (gate, up), layer, activations, scale_fmt, norm, None, x.dtype)

@@ -4,61 +4,32 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from pallas_kernels.block_scaled import BLOCK, BlockScaled, Weight
-from pallas_kernels.decode import TILE_ELEMENTS, dot_transposed, matrix_tile, tile_rows
+from pallas_kernels.block_scaled import BlockScaled, Weight
+from pallas_kernels.decode import dot_transposed, matrix_tile, tile_rows
+from pallas_kernels.normalize import Norm, rms_norm
 from pallas_kernels.quantize.reference import dequantize_activations, quantize_activations
 
 
 def block_scaled_matmul(
-    x: Array, weight: Weight, layer: Array | int | None, activations: str, scale_fmt: str | None
+    x: Array,
+    weights: tuple[Weight, ...],
+    layer: Array | int | None,
+    activations: str,
+    scale_fmt: str | None,
+    norm: Norm | None,
+    residual: Array | None,
+    out_dtype: jnp.dtype,
 ) -> Array:
+    """One weight, or gate and up of SwiGLU; arguments as of the public functions."""
+    if norm is not None:
+        x = rms_norm(x, norm, layer)
+    if not isinstance(weights[0], BlockScaled):
+        activations = "none"
     rows = as_rows(x, activations, scale_fmt)
-    return _product(rows, weight, layer).reshape(*x.shape[:-1], weight.shape[-2]).astype(x.dtype)
-
-
-def block_scaled_swiglu(
-    x: Array, gate: Weight, up: Weight, layer: Array | int | None, activations: str, scale_fmt: str | None
-) -> Array:
-    rows = as_rows(x, activations, scale_fmt)
-    hidden = jax.nn.silu(_product(rows, gate, layer)) * _product(rows, up, layer)
-    return hidden.reshape(*x.shape[:-1], gate.shape[-2]).astype(x.dtype)
-
-
-def block_scaled_head_matmul(
-    x: Array, weight: Weight, rows: tuple[int, int], transpose: bool, layer: Array | int | None
-) -> Array:
-    heads = x.shape[-2]
-    rows_a_head, num_columns = weight.shape[-2] // heads, weight.shape[-1]
-    index = () if layer is None else (layer,)
-    size = _heads_a_tile(heads, rows_a_head, num_columns)
-    by_head = x.astype(jnp.float32).reshape(-1, heads, x.shape[-1]).swapaxes(0, 1)
-
-    def some_heads(args: tuple[Array, Array]) -> Array:
-        i, part = args
-        tile = matrix_tile(weight, index, i * size * rows_a_head, size * rows_a_head)
-        matrices = tile.reshape(size, rows_a_head, num_columns)[:, slice(*rows)]
-        contract = "hmk,hrk->hmr" if transpose else "hmr,hrk->hmk"
-        return jnp.einsum(contract, part, matrices, precision=lax.Precision.HIGHEST)
-
-    if size == heads:
-        out = some_heads((jnp.int32(0), by_head))
-    else:
-        parts = by_head.reshape(heads // size, size, *by_head.shape[1:])
-        out = lax.map(some_heads, (jnp.arange(heads // size, dtype=jnp.int32), parts))
-    out = out.reshape(heads, by_head.shape[1], -1).swapaxes(0, 1)
-    return out.reshape(*x.shape[:-1], -1).astype(x.dtype)
-
-
-def _heads_a_tile(heads: int, rows_a_head: int, num_columns: int) -> int:
-    """The most heads that divide all, fill at most a tile, and begin at blocks; all where there are no such."""
-    fitting = [
-        size
-        for size in range(1, heads + 1)
-        if heads % size == 0
-        and size * rows_a_head % BLOCK == 0
-        and size * rows_a_head * num_columns <= TILE_ELEMENTS
-    ]
-    return max(fitting, default=heads)
+    products = [_product(rows, weight, layer) for weight in weights]
+    out = products[0] if len(products) == 1 else jax.nn.silu(products[0]) * products[1]
+    out = out.reshape(*x.shape[:-1], weights[0].shape[-2]).astype(out_dtype)
+    return out if residual is None else residual.astype(out_dtype) + out
 
 
 def as_rows(x: Array, activations: str, scale_fmt: str | None) -> Array:

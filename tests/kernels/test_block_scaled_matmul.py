@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 from pallas_kernels.block_scaled import BlockScaled
 from pallas_kernels.block_scaled_matmul import (
-    block_scaled_head_matmul,
     block_scaled_matmul,
     block_scaled_swiglu,
 )
@@ -116,19 +115,3 @@ def test_leading_dimensions_and_dtype_are_kept() -> None:
 def test_unknown_implementation_is_refused() -> None:
     with pytest.raises(ValueError, match=r"block_scaled_matmul: no implementation 'nonsense'.*'reference'"):
         block_scaled_matmul(jnp.ones((1, 4)), jnp.ones((3, 4)), implementation="nonsense")
-
-
-@pytest.mark.parametrize("transpose", [False, True])
-@pytest.mark.parametrize(
-    ("heads", "rows_a_head", "columns"),
-    [(4, 64, 96), (1, 20, 30), (6, 128, 8192), (3, 40, 130)],
-    ids=["one tile", "one head", "tiles of two heads", "edge blocks"],
-)
-def test_per_head(transpose: bool, heads: int, rows_a_head: int, columns: int) -> None:
-    weight, values, scales = quantised((2, heads * rows_a_head, columns), 1)
-    first, end = 8, 20
-    x = random((2, 3, heads, columns if transpose else end - first), 2)
-    got = block_scaled_head_matmul(jnp.asarray(x), weight, rows=(first, end), transpose=transpose, layer=1)
-    matrices = dequantise(values[1], scales[1], 128).reshape(heads, rows_a_head, columns)[:, first:end]
-    expected = np.einsum("abhk,hrk->abhr" if transpose else "abhr,hrk->abhk", x, matrices)
-    assert_close(got, expected)

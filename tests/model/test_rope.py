@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from dsv3_jax.config import named_config
-from dsv3_jax.model.rope import inverse_frequencies, rope_table, rotate, softmax_scale, yarn_mscale
+from dsv3_jax.model.rope import inverse_frequencies, rope_table, softmax_scale, yarn_mscale
+from pallas_kernels.rotary import rotate
 
 
 def test_published_numbers_of_yarn() -> None:
