@@ -3,9 +3,11 @@
 from jax import Array
 
 from pallas_kernels.implementation import choose
-from pallas_kernels.mla_decode import reference
+from pallas_kernels.mla_decode import reference, tpu
+from pallas_kernels.mla_decode.combine import combine
+from pallas_kernels.mla_decode.plan import unsupported
 
-__all__ = ["cache_width", "mla_decode"]
+__all__ = ["cache_width", "combine", "mla_decode"]
 
 
 def cache_width(kv_lora_rank: int, qk_rope_head_dim: int) -> int:
@@ -24,6 +26,8 @@ def mla_decode(
     *,
     scale: float,
     layer: Array | int,
+    cache_scales: Array | None = None,
+    page_table: Array | None = None,
     implementation: str | None = None,
 ) -> tuple[Array, Array]:
     """Attention over latent entries (`attn_impl = "absorb"` of the release's model.py; paper section 2.1.1).
@@ -34,15 +38,32 @@ def mla_decode(
     Args:
         q_latent: [B, Q, H, kv_lora_rank], queries multiplied by the key half of kv_b_proj.
         q_rope: [B, Q, H, Dr], rotated.
-        cache: [L, B, S, W], W = `cache_width(kv_lora_rank, Dr)`; the new tokens are in it already.
-        lengths: int32 [B], entries of each row that count, the new ones included; at least Q. Rows beyond are not
-            read into the result, whatever they hold.
+        cache: [L, B, S, W], W = `cache_width(kv_lora_rank, Dr)`, or with a page table [L, P, page_size, W]; the new
+            tokens are in it already. bfloat16, float32, or float8_e4m3fn with `cache_scales`.
+        lengths: int32 [B], entries of each row that count, the new ones included; 0 for a row that is not in use.
+            Entries beyond do not enter the result, whatever they hold; the kernel does not even read their pages.
         scale: factor of the scores.
         layer: index into the cache, a scalar, possibly traced.
+        cache_scales: float32 [L, B, 1, S], or [L, P, 1, page_size]: the value of an entry is what the cache holds times
+            the scale of its token.
+        page_table: int32 [B, pages_a_row]: token t of row b is entry t % page_size of page
+            `page_table[b, t // page_size]`. Elements beyond a row's tokens may hold anything.
+        implementation: "pallas", "reference", or None for the platform's own.
 
     Returns:
         [B, Q, H, kv_lora_rank] in q_latent's dtype, and the scores' log-sum-exp, float32 [B, Q, H], by which parts
-        of a sequence are combined.
+        of a sequence are combined (`combine`). A query that sees no entry has result 0 and log-sum-exp -inf.
+
+    Raises:
+        ValueError: the implementation does not exist here or does not take these arguments, or only one of
+            an FP8 cache and its scales was given.
     """
-    function = choose("mla_decode", implementation, {"reference": reference.mla_decode})
-    return function(q_latent, q_rope, cache, lengths, scale, layer)
+    if (cache.dtype.itemsize == 1) != (cache_scales is not None):
+        raise ValueError(f"mla_decode: a cache of {cache.dtype} {'without' if cache_scales is None else 'with'} scales")
+    function = choose(
+        "mla_decode",
+        implementation,
+        {"reference": reference.mla_decode, "pallas": tpu.mla_decode},
+        unsupported(q_latent, q_rope, cache, page_table),
+    )
+    return function(q_latent, q_rope, cache, lengths, scale, layer, cache_scales, page_table)

@@ -3,20 +3,29 @@
 The loop ends with the longest row, so that a step's cost follows the tokens in the cache and not its capacity.
 """
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 from jax import Array, lax
 
-from pallas_kernels.decode import to_float32
+from pallas_kernels.decode import float8_to_float32, to_float32
 
 KEY_BLOCK = 256
 
 
 def mla_decode(
-    q_latent: Array, q_rope: Array, cache: Array, lengths: Array, scale: float, layer: Array | int
+    q_latent: Array,
+    q_rope: Array,
+    cache: Array,
+    lengths: Array,
+    scale: float,
+    layer: Array | int,
+    cache_scales: Array | None = None,
+    page_table: Array | None = None,
 ) -> tuple[Array, Array]:
     batch, num_queries, num_heads, rank = q_latent.shape
-    capacity, width = cache.shape[2:]
-    block = min(KEY_BLOCK, capacity)
+    width = cache.shape[-1]
+    block, read_block = _reader(cache, cache_scales, layer, page_table)
     query = jnp.concatenate([q_latent, q_rope], axis=-1).astype(jnp.float32) * scale
     query = jnp.pad(query, ((0, 0), (0, 0), (0, 0), (0, width - query.shape[-1])))
     query = query.reshape(batch, num_queries * num_heads, width)
@@ -24,10 +33,7 @@ def mla_decode(
 
     def step(i: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         peak, total, acc = state
-        # The last block is moved back into the cache; entries seen before are masked.
-        first = jnp.minimum(i * block, capacity - block)
-        entries = lax.dynamic_slice(cache, (layer, 0, first, 0), (1, batch, block, width))[0]
-        entries = lax.optimization_barrier(to_float32(entries))
+        first, entries = read_block(i)
         position = first + jnp.arange(block)
         fresh = position >= i * block
         exists = fresh & (position < lengths[:, None])
@@ -51,8 +57,54 @@ def mla_decode(
     )
     num_blocks = (jnp.max(lengths) + block - 1) // block
     peak, total, acc = lax.fori_loop(0, num_blocks, step, state)
-    out = acc.reshape(*shape, width)[..., :rank] / total[..., None]
+    out = acc.reshape(*shape, width)[..., :rank] / jnp.where(total > 0, total, 1)[..., None]
     return out.astype(q_latent.dtype), peak + jnp.log(total)
+
+
+def _reader(
+    cache: Array, scales: Array | None, layer: Array | int, page_table: Array | None
+) -> tuple[int, Callable[[Array], tuple[Array, Array]]]:
+    """Size of a block, and the function that reads block i: its first position and float32 [B, block, W].
+
+    The last block is moved back into the cache or the page table, so that it starts before `i * block`.
+    """
+    if page_table is None:
+        batch, capacity, width = cache.shape[1:]
+        block = min(KEY_BLOCK, capacity)
+
+        def read(i: Array) -> tuple[Array, Array]:
+            first = jnp.minimum(i * block, capacity - block)
+            entries = lax.dynamic_slice(cache, (layer, 0, first, 0), (1, batch, block, width))[0]
+            if scales is None:
+                return first, _to_float32(entries, None)
+            return first, _to_float32(
+                entries, lax.dynamic_slice(scales, (layer, 0, 0, first), (1, batch, 1, block))[0]
+            )
+
+        return block, read
+
+    batch, pages_a_row = page_table.shape
+    page_size, width = cache.shape[2:]
+    num_pages = min(max(KEY_BLOCK // page_size, 1), pages_a_row)
+    block = num_pages * page_size
+
+    def read_pages(i: Array) -> tuple[Array, Array]:
+        first = jnp.minimum(i * num_pages, pages_a_row - num_pages)
+        pages = lax.dynamic_slice(page_table, (0, first), (batch, num_pages))
+        entries = cache.at[layer, pages].get(mode="clip").reshape(batch, block, width)
+        if scales is None:
+            return first * page_size, _to_float32(entries, None)
+        page_scales = scales.at[layer, pages].get(mode="clip").reshape(batch, 1, block)
+        return first * page_size, _to_float32(entries, page_scales)
+
+    return block, read_pages
+
+
+def _to_float32(entries: Array, scales: Array | None) -> Array:
+    """Entries [B, block, W] times the scales [B, 1, block] of their tokens, made once and not where they are used."""
+    if scales is None:
+        return lax.optimization_barrier(to_float32(entries))
+    return lax.optimization_barrier(float8_to_float32(entries, jnp.swapaxes(scales, 1, 2)))
 
 
 def _dot(a: Array, b: Array, contract: tuple[int, int]) -> Array:
