@@ -12,7 +12,7 @@ from pallas_kernels.quantize import (
     quantize_activations,
     quantize_weight,
 )
-from pallas_kernels.quantize.reference import round_up_to_power_of_two
+from pallas_kernels.quantize.rounding import round_up_to_power_of_two
 from tests.kernels.definitions import dequantise, power_of_two_above, quantise_rows
 
 

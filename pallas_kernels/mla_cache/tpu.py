@@ -1,0 +1,85 @@
+"""`write_entries` on a TPU: two latencies of the memory, and no traffic but the tiles that hold new tokens."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.chip import compiler_params, interpret
+from pallas_kernels.mla_cache.plan import LANES, Plan, make_plan, vmem_bytes
+from pallas_kernels.mla_cache.tpu_kernel import kernel
+from pallas_kernels.stack import float_values, layer_index, stacked
+
+
+def write_entries(
+    cache: Array,
+    compressed: Array,
+    norm_weight: Array,
+    norm_eps: float,
+    rope: Array,
+    start: Array,
+    counts: Array,
+    layer: Array | int,
+    norm_layer: Array | int | None,
+    cache_scales: Array | None,
+    page_table: Array | None,
+) -> tuple[Array, Array | None]:
+    plan = make_plan(cache, compressed, norm_weight.shape[-1], page_table)
+    caches = [cache] if cache_scales is None else [cache, cache_scales]
+    scalars = [layer_index(layer), layer_index(norm_layer), start, counts]
+    scalars += [] if page_table is None else [_window_pages(plan, start, page_table)]
+    weight = stacked(float_values(norm_weight), norm_layer, 2)[:, None]
+    operands = [
+        compressed.reshape(-1, compressed.shape[-1]),
+        rope.reshape(-1, rope.shape[-1]),
+        weight,
+    ]
+    anywhere = pl.BlockSpec(memory_space=pl.ANY)
+    first_cache = len(scalars) + len(operands)
+    out = pl.pallas_call(
+        functools.partial(
+            kernel, plan=plan, eps=norm_eps, paged=page_table is not None, scaled=cache_scales is not None
+        ),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(scalars),
+            grid=(plan.steps,),
+            in_specs=[anywhere] * (len(operands) + len(caches)),
+            out_specs=[anywhere] * len(caches),
+            scratch_shapes=_scratch(plan, [(o.shape[-1], o.dtype) for o in operands], caches),
+        ),
+        out_shape=[jax.ShapeDtypeStruct(c.shape, c.dtype) for c in caches],
+        input_output_aliases={first_cache + i: i for i in range(len(caches))},
+        compiler_params=compiler_params(("parallel",), vmem_bytes(plan)),
+        name="dsv3_write_entries",
+        interpret=interpret(),
+    )(*scalars, *operands, *caches)
+    return (out[0], None) if cache_scales is None else (out[0], out[1])
+
+
+def _window_pages(plan: Plan, start: Array, page_table: Array) -> Array:
+    """The page of every window that a row may write to, int32 [B * windows]: the whole table may outgrow SMEM."""
+    first = (start // plan.window)[:, None] + jnp.arange(plan.windows)
+    index = jnp.minimum(first * plan.window // plan.page_size, page_table.shape[1] - 1)
+    return jnp.take_along_axis(page_table, index, axis=1).reshape(-1)
+
+
+def _scratch(plan: Plan, operands: list[tuple[int, jnp.dtype]], caches: list[Array]) -> list:
+    tokens = plan.rows * plan.queries
+    (columns, dtype), (rope, _), (rank, weight_dtype) = operands
+    windows = plan.rows * plan.windows
+    scratch = [
+        pltpu.VMEM((tokens, columns), dtype),
+        pltpu.VMEM((tokens, rope), jnp.float32),
+        pltpu.VMEM((1, rank), weight_dtype),
+        pltpu.VMEM((tokens, plan.width), jnp.int32),
+        pltpu.VMEM((windows, plan.window, plan.width), caches[0].dtype),
+    ]
+    if len(caches) == 2:
+        scratch += [
+            pltpu.VMEM((tokens, LANES), jnp.float32),
+            pltpu.VMEM((windows, 1, LANES), jnp.float32),
+        ]
+    return [*scratch, pltpu.SemaphoreType.DMA((3,))]
