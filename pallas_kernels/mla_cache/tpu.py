@@ -32,11 +32,7 @@ def write_entries(
     scalars = [layer_index(layer), layer_index(norm_layer), start, counts]
     scalars += [] if page_table is None else [_window_pages(plan, start, page_table)]
     weight = stacked(float_values(norm_weight), norm_layer, 2)[:, None]
-    operands = [
-        compressed.reshape(-1, compressed.shape[-1]),
-        rope.reshape(-1, rope.shape[-1]),
-        weight,
-    ]
+    operands = [compressed.reshape(-1, compressed.shape[-1]), rope.reshape(-1, rope.shape[-1]), weight]
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
     first_cache = len(scalars) + len(operands)
     out = pl.pallas_call(
@@ -48,7 +44,7 @@ def write_entries(
             grid=(plan.steps,),
             in_specs=[anywhere] * (len(operands) + len(caches)),
             out_specs=[anywhere] * len(caches),
-            scratch_shapes=_scratch(plan, [(o.shape[-1], o.dtype) for o in operands], caches),
+            scratch_shapes=_scratch(plan, operands, caches),
         ),
         out_shape=[jax.ShapeDtypeStruct(c.shape, c.dtype) for c in caches],
         input_output_aliases={first_cache + i: i for i in range(len(caches))},
@@ -66,20 +62,19 @@ def _window_pages(plan: Plan, start: Array, page_table: Array) -> Array:
     return jnp.take_along_axis(page_table, index, axis=1).reshape(-1)
 
 
-def _scratch(plan: Plan, operands: list[tuple[int, jnp.dtype]], caches: list[Array]) -> list:
-    tokens = plan.rows * plan.queries
-    (columns, dtype), (rope, _), (rank, weight_dtype) = operands
-    windows = plan.rows * plan.windows
+def _scratch(plan: Plan, operands: list[Array], caches: list[Array]) -> list:
+    """In the order of `Refs`: operands, new entries, tiles, semaphores."""
+    tokens, windows = plan.rows * plan.queries, plan.rows * plan.windows
+    compressed, rope, weight = operands
     scratch = [
-        pltpu.VMEM((tokens, columns), dtype),
-        pltpu.VMEM((tokens, rope), jnp.float32),
-        pltpu.VMEM((1, rank), weight_dtype),
+        pltpu.VMEM((tokens, compressed.shape[-1]), compressed.dtype),
+        pltpu.VMEM((tokens, rope.shape[-1]), rope.dtype),
+        pltpu.VMEM(weight.shape[1:], weight.dtype),
         pltpu.VMEM((tokens, plan.width), jnp.int32),
         pltpu.VMEM((windows, plan.window, plan.width), caches[0].dtype),
+        pltpu.SemaphoreType.DMA((3,)),
     ]
     if len(caches) == 2:
-        scratch += [
-            pltpu.VMEM((tokens, LANES), jnp.float32),
-            pltpu.VMEM((windows, 1, LANES), jnp.float32),
-        ]
-    return [*scratch, pltpu.SemaphoreType.DMA((3,))]
+        scratch.insert(4, pltpu.VMEM((tokens, LANES), jnp.float32))
+        scratch.insert(6, pltpu.VMEM((windows, 1, LANES), jnp.float32))
+    return scratch

@@ -20,6 +20,36 @@ from pallas_kernels.quantize.rounding import float8_scales, round_to_float8
 from pallas_kernels.rotary import rotate_by_matmul
 
 READS, WRITES, OPERANDS = range(3)
+CHUNK = 32
+"""Tokens whose entries are made together: more would not fit the registers."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Refs:
+    """What the kernel reads and writes.
+
+    Attributes:
+        layer, norm_layer, start, counts, pages: prefetched scalars; `pages` holds one for every window, or is None.
+        operands: compressed [B * Q, rank + Dr], rope [B * Q, Dr] and norm weights [Ln, 1, rank], where XLA put them.
+        cache: the cache, and its scales if it has any, likewise.
+        loaded: the operands of this grid step in VMEM.
+        new: the new entries, int32 [tokens, W], each number's bits repeated over the word; then their scales,
+            float32 [tokens, 128], each repeated over the lanes.
+        tiles: windows of every array of `cache`: [windows, tokens of a window, W] and float32 [windows, 1, 128].
+        semaphores: of all copies of a direction.
+    """
+
+    layer: Any
+    norm_layer: Any
+    start: Any
+    counts: Any
+    pages: Any
+    operands: list[Any]
+    cache: list[Any]
+    loaded: list[Any]
+    new: list[Any]
+    tiles: list[Any]
+    semaphores: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,158 +58,165 @@ class Window:
 
     Attributes:
         buffer: its place in VMEM.
-        token: the row's first one, among those of this grid step.
-        first: position of the row's first token, counted from the tile's first.
-        count: of the row's tokens.
-        written: whether there is any token for it.
+        written: whether new tokens fall into it: one condition for entries, one for scales, whose tiles are longer and
+            shared by windows.
         block: the row or page of the cache that holds it.
         slot: where it begins in that.
-        scales_written: the same for the tile of scales, which windows may share.
-        scale_first: `first`, counted from the first of the tile of scales.
+        first: position of the row's first token, counted from the beginning of the tile of entries, and of scales.
     """
 
     buffer: Array
-    token: Array
-    first: Array
-    count: Array
-    written: Array
+    written: tuple[Array, Array]
     block: Array
     slot: Array
-    scales_written: Array
-    scale_first: Array
+    first: tuple[Array, Array]
 
 
-def kernel(
-    layer: Any,
-    norm_layer: Any,
-    start: Any,
-    counts: Any,
-    *refs: Any,
-    plan: Plan,
-    eps: float,
-    paged: bool,
-    scaled: bool,
-) -> None:
-    remaining = list(refs)
-    pages = remaining.pop(0) if paged else None
-    compressed, rope, weight = (remaining.pop(0) for _ in range(3))
-    del remaining[: 1 + scaled]
-    cache = remaining.pop(0)
-    cache_scales = remaining.pop(0) if scaled else None
-    new, new_rope, new_weight, words, tiles = (remaining.pop(0) for _ in range(5))
-    scales, scale_tiles = (remaining.pop(0) for _ in range(2)) if scaled else (None, None)
-    (semaphores,) = remaining
-
+def kernel(*arguments: Any, plan: Plan, eps: float, paged: bool, scaled: bool) -> None:
+    refs = _refs(list(arguments), paged, 1 + scaled)
     first_row = pl.program_id(0) * plan.rows
 
-    def for_windows(action: Callable[[Window], None]) -> None:
-        def step(i: Array, carry: int) -> int:
+    def for_windows(action: Callable[[Window, Array, Array], None]) -> list[Array]:
+        """Calls action(window, row, row of this step) for all; returns how many are written, of each array."""
+
+        def step(i: Array, totals: list[Array]) -> list[Array]:
             row = first_row + i
-            for window in _windows(plan, row, i, start[row], counts[row], pages, cache.shape[1]):
-                action(window)
-            return carry
+            for window in _windows(plan, refs, row, i):
+                action(window, row, i)
+                totals = [t + w.astype(jnp.int32) for t, w in zip(totals, window.written, strict=False)]
+            return totals
 
-        lax.fori_loop(0, plan.rows, step, 0)
+        return lax.fori_loop(0, plan.rows, step, [jnp.int32(0)] * (1 + scaled))
 
-    def tile_copy(window: Window, back: bool) -> Any:
-        place = cache.at[layer[0], window.block, pl.ds(pl.multiple_of(window.slot, plan.window), plan.window)]
-        return _copy(place, tiles.at[window.buffer], back, semaphores)
+    totals = for_windows(lambda window, row, i: _start(refs, plan, window, READS))
+    _load(refs, plan, first_row)
+    _make_entries(refs, plan, eps)
+    _wait(refs, plan, totals, READS)
 
-    def scale_copy(window: Window, back: bool) -> Any:
-        lane = window.slot // LANES * LANES
-        lanes = pl.ds(pl.multiple_of(lane, LANES), LANES)
-        place = cache_scales.at[layer[0], window.block, :, lanes]
-        return _copy(place, scale_tiles.at[window.buffer], back, semaphores)
-
-    def for_copies(window: Window, back: bool, action: Callable[[Any], None]) -> None:
-        @pl.when(window.written)
-        def _() -> None:
-            action(tile_copy(window, back))
-
-        if scaled:
-
-            @pl.when(window.scales_written)
-            def _() -> None:
-                action(scale_copy(window, back))
-
-    for_windows(lambda window: for_copies(window, False, lambda copy: copy.start()))
-    tokens = pl.ds(first_row * plan.queries, plan.rows * plan.queries)
-    operand_copies = [
-        pltpu.make_async_copy(compressed.at[tokens], new, semaphores.at[OPERANDS]),
-        pltpu.make_async_copy(rope.at[tokens], new_rope, semaphores.at[OPERANDS]),
-        pltpu.make_async_copy(weight.at[norm_layer[0]], new_weight, semaphores.at[OPERANDS]),
-    ]
-    for copy in operand_copies:
-        copy.start()
-    for copy in operand_copies:
-        copy.wait()
-    entry = _entries(new, new_rope, new_weight, plan, eps)
-    if scaled:
-        scale = float8_scales(jnp.max(jnp.abs(entry), axis=1, keepdims=True), None, in_kernel=True)
-        scales[...] = jnp.broadcast_to(scale, scales.shape)
-        entry = round_to_float8(entry, scale, in_kernel=True)
-    words[...] = _low_bits(entry.astype(cache.dtype))
-    for_windows(lambda window: for_copies(window, False, lambda copy: copy.wait()))
-
-    def change(window: Window) -> None:
-        @pl.when(window.written)
-        def _() -> None:
-            tile = pltpu.bitcast(tiles[window.buffer], jnp.int32)
-            tiles[window.buffer] = pltpu.bitcast(_put(tile, words, window, plan), cache.dtype)
-
-        if scaled:
-
-            @pl.when(window.scales_written)
-            def _() -> None:
-                scale_tiles[window.buffer] = _put_scales(scale_tiles[window.buffer], scales, window, plan)
-
-        for_copies(window, True, lambda copy: copy.start())
+    def change(window: Window, row: Array, i: Array) -> None:
+        _change(refs, plan, window, refs.counts[row], i * plan.queries)
+        _start(refs, plan, window, WRITES)
 
     for_windows(change)
-    for_windows(lambda window: for_copies(window, True, lambda copy: copy.wait()))
+    _wait(refs, plan, totals, WRITES)
 
 
-def _copy(place: Any, buffer: Any, back: bool, semaphores: Any) -> Any:
-    if back:
-        return pltpu.make_async_copy(buffer, place, semaphores.at[WRITES])
-    return pltpu.make_async_copy(place, buffer, semaphores.at[READS])
+def _refs(arguments: list[Any], paged: bool, num_caches: int) -> Refs:
+    def take(count: int) -> list[Any]:
+        taken = arguments[:count]
+        del arguments[:count]
+        return taken
+
+    scalars = take(4)
+    pages = take(1)[0] if paged else None
+    operands = take(3)
+    take(num_caches)
+    cache = take(num_caches)
+    loaded, new, tiles = take(3), take(num_caches), take(num_caches)
+    return Refs(*scalars, pages, operands, cache, loaded, new, tiles, *take(1))
 
 
-def _windows(
-    plan: Plan, row: Array, index: Array, start: Array, count: Array, pages: Any, num_blocks: int
-) -> list[Window]:
+def _windows(plan: Plan, refs: Refs, row: Array, index: Array) -> list[Window]:
     """The windows of one row; `index` counts rows from the grid step's first."""
+    start, count = refs.start[row], refs.counts[row]
     windows: list[Window] = []
     previous = None
     for i in range(plan.windows):
-        base = (start // plan.window + i) * plan.window
+        base = (start & -plan.window) + i * plan.window
         written = (base < start + count) & (base < plan.capacity)
         block, slot = row, base
-        if pages is not None:
-            block, slot = pages[row * plan.windows + i], base % plan.page_size
-            written &= (block >= 0) & (block < num_blocks)
-        scale_tile = base // LANES
+        if refs.pages is not None:
+            block = refs.pages[row * plan.windows + i]
+            slot = lax.rem(base, jnp.int32(plan.page_size))
+            written &= (block >= 0) & (block < refs.cache[0].shape[1])
+        lanes = base & -LANES
+        scales_written = written if previous is None else written & (lanes != previous)
         windows.append(
             Window(
                 buffer=index * plan.windows + i,
-                token=index * plan.queries,
-                first=start - base,
-                count=count,
-                written=written,
+                written=(written, scales_written),
                 block=block,
                 slot=slot,
-                scales_written=written if previous is None else written & (scale_tile != previous),
-                scale_first=start - scale_tile * LANES,
+                first=(start - base, start - lanes),
             )
         )
-        previous = scale_tile
+        previous = lanes
     return windows
 
 
-def _entries(compressed: Any, rope: Any, weight: Any, plan: Plan, eps: float) -> Array:
-    """The entries of all tokens, float32 [tokens, W], values of compressed's dtype."""
-    latent = normalize(compressed[:, : plan.rank], weight[...].astype(jnp.float32), eps)
-    key = rotate_by_matmul(compressed[:, plan.rank :], rope[...])
+def _copies(refs: Refs, plan: Plan, block: Array, slot: Array, buffer: Array, direction: int) -> list[Any]:
+    """The copies of a window's tiles into VMEM or, for `WRITES`, back."""
+    places = [(block, pl.ds(pl.multiple_of(slot, plan.window), plan.window))]
+    places.append((block, slice(None), pl.ds(pl.multiple_of(slot & -LANES, LANES), LANES)))
+    copies = []
+    for cache, tile, place in zip(refs.cache, refs.tiles, places, strict=False):
+        ends = (cache.at[refs.layer[0], *place], tile.at[buffer])
+        ends = ends[::-1] if direction == WRITES else ends
+        copies.append(pltpu.make_async_copy(*ends, refs.semaphores.at[direction]))
+    return copies
+
+
+def _start(refs: Refs, plan: Plan, window: Window, direction: int) -> None:
+    copies = _copies(refs, plan, window.block, window.slot, window.buffer, direction)
+    for copy, written in zip(copies, window.written, strict=False):
+        pl.when(written)(copy.start)
+
+
+def _wait(refs: Refs, plan: Plan, totals: list[Array], direction: int) -> None:
+    """Waits until that many copies are done, whichever: those of one array are of one size."""
+    zero = jnp.int32(0)
+    for copy, total in zip(_copies(refs, plan, zero, zero, zero, direction), totals, strict=True):
+
+        def step(i: Array, carry: int, copy: Any = copy) -> int:
+            copy.wait()
+            return carry
+
+        lax.fori_loop(0, total, step, 0)
+
+
+def _load(refs: Refs, plan: Plan, first_row: Array) -> None:
+    tokens = pl.ds(first_row * plan.queries, plan.rows * plan.queries)
+    compressed, rope, weight = refs.operands
+    parts = [compressed.at[tokens], rope.at[tokens], weight.at[refs.norm_layer[0]]]
+    copies = [
+        pltpu.make_async_copy(part, target, refs.semaphores.at[OPERANDS])
+        for part, target in zip(parts, refs.loaded, strict=True)
+    ]
+    for copy in copies:
+        copy.start()
+    for copy in copies:
+        copy.wait()
+
+
+def _make_entries(refs: Refs, plan: Plan, eps: float) -> None:
+    compressed, rope, weight = refs.loaded
+    scale = weight[...].astype(jnp.float32)
+
+    def make(tokens: Any) -> None:
+        entry = _entries(compressed[tokens, :], rope[tokens, :], scale, plan, eps)
+        if len(refs.new) == 2:
+            factor = float8_scales(jnp.max(jnp.abs(entry), axis=1, keepdims=True), None, in_kernel=True)
+            refs.new[1][tokens, :] = jnp.broadcast_to(factor, (factor.shape[0], LANES))
+            entry = round_to_float8(entry, factor, in_kernel=True)
+        refs.new[0][tokens, :] = _repeated_bits(entry.astype(refs.cache[0].dtype))
+
+    num_tokens = plan.rows * plan.queries
+    chunks, rest = divmod(num_tokens, CHUNK)
+    if chunks:
+
+        def step(i: Array, carry: int) -> int:
+            make(pl.ds(pl.multiple_of(i * CHUNK, CHUNK), CHUNK))
+            return carry
+
+        lax.fori_loop(0, chunks, step, 0)
+    if rest:
+        make(pl.ds(chunks * CHUNK, rest))
+
+
+def _entries(compressed: Array, rope: Array, weight: Array, plan: Plan, eps: float) -> Array:
+    """The entries of some tokens, float32 [tokens, W], values of compressed's dtype."""
+    latent = normalize(compressed[:, : plan.rank], weight, eps)
+    key = rotate_by_matmul(compressed[:, plan.rank :], rope)
     parts = [latent.astype(jnp.float32), key.astype(jnp.float32)]
     padding = plan.width - compressed.shape[1]
     if padding:
@@ -187,37 +224,41 @@ def _entries(compressed: Any, rope: Any, weight: Any, plan: Plan, eps: float) ->
     return jnp.concatenate(parts, axis=1)
 
 
-def _low_bits(entry: Array) -> Array:
-    """The bit pattern of every number in the low bits of an int32."""
+def _repeated_bits(entry: Array) -> Array:
+    """The bit pattern of every number, as often as it fits an int32."""
     if entry.dtype == jnp.float32:
         return lax.bitcast_convert_type(entry, jnp.int32)
     if entry.dtype == jnp.bfloat16:
         bits = lax.bitcast_convert_type(entry.astype(jnp.float32), jnp.int32)
-        return lax.shift_right_logical(bits, 16)
-    return lax.bitcast_convert_type(entry, jnp.int8).astype(jnp.int32) & 0xFF
+        return bits | lax.shift_right_logical(bits, 16)
+    bits = lax.bitcast_convert_type(entry, jnp.int8).astype(jnp.int32) & 0xFF
+    bits |= bits << 8
+    return bits | bits << 16
 
 
-def _put(tile: Array, words: Any, window: Window, plan: Plan) -> Array:
-    """Replaces the new tokens' part of a tile, int32 [8, W]."""
-    sublane = lax.broadcasted_iota(jnp.int32, tile.shape, 0)
+def _change(refs: Refs, plan: Plan, window: Window, count: Array, token: Array) -> None:
+    """Puts a row's new tokens into the tiles of a window; `token` is the first of them."""
+    entries, tile = refs.new[0], refs.tiles[0]
+    words = pltpu.bitcast(tile[window.buffer], jnp.int32)
+    sublane = lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 0)
     bits = 32 // plan.packing
     for i in range(plan.queries):
-        offset = window.first + i
-        inside = (offset >= 0) & (offset < plan.window) & (i < window.count)
-        row = jnp.where(inside, offset // plan.packing, SUBLANES)
-        value = jnp.broadcast_to(words[pl.ds(window.token + i, 1)], tile.shape)
-        if plan.packing > 1:
-            shift = (offset % plan.packing) * bits
-            kept = ~lax.shift_left(jnp.int32((1 << bits) - 1), shift)
-            value = (tile & kept) | lax.shift_left(value, jnp.broadcast_to(shift, value.shape))
-        tile = jnp.where(sublane == row, value, tile)
-    return tile
-
-
-def _put_scales(tile: Array, scales: Any, window: Window, plan: Plan) -> Array:
-    """Replaces the new tokens' part of a tile of scales, float32 [1, lanes]."""
-    lane = lax.broadcasted_iota(jnp.int32, tile.shape, 1)
+        offset = window.first[0] + i
+        inside = (offset >= 0) & (offset < plan.window) & (i < count)
+        word = jnp.where(inside, lax.shift_right_arithmetic(offset, plan.packing.bit_length() - 1), SUBLANES)
+        replaced = (
+            jnp.int32(-1 if plan.packing == 1 else (1 << bits) - 1) << (offset & plan.packing - 1) * bits
+        )
+        mask = jnp.where(sublane == word, replaced, 0)
+        mask = jnp.concatenate([mask] * (plan.width // LANES), axis=1)
+        words = words & ~mask | jnp.broadcast_to(entries[pl.ds(token + i, 1), :], words.shape) & mask
+    tile[window.buffer] = pltpu.bitcast(words, tile.dtype)
+    if len(refs.new) == 1:
+        return
+    scales, scale_tile = refs.new[1], refs.tiles[1]
+    factors = scale_tile[window.buffer]
+    lane = lax.broadcasted_iota(jnp.int32, factors.shape, 1)
     for i in range(plan.queries):
-        position = jnp.where(i < window.count, window.scale_first + i, LANES)
-        tile = jnp.where(lane == position, scales[pl.ds(window.token + i, 1), : tile.shape[1]], tile)
-    return tile
+        position = jnp.where(i < count, window.first[1] + i, LANES)
+        factors = jnp.where(lane == position, scales[pl.ds(token + i, 1), :], factors)
+    scale_tile[window.buffer] = factors
