@@ -1,0 +1,191 @@
+"""Sorting by group on a TPU: counting sort in one kernel, sums as products with 0/1 triangles on the matrix unit.
+
+Products are exact in one pass: one factor is 0 or 1, the other an integer of at most 256, which bfloat16 holds.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.chip import compiler_params, interpret
+from pallas_kernels.group_rows.grouping import Grouping, Visits, max_visits
+
+LANES = 128
+SUBLANES = 8
+MAX_TOKENS = 256
+MAX_PAIRS = 1024
+MAX_GROUPS = 512
+
+NN = (((1,), (0,)), ((), ()))
+NT = (((1,), (1,)), ((), ()))
+
+
+def unsupported(ids: Array, num_groups: int) -> str | None:
+    """Why the kernel cannot sort `ids`; None if it can."""
+    num_tokens, top_k = ids.shape
+    if num_tokens > MAX_TOKENS or num_tokens * top_k > MAX_PAIRS:
+        return f"{num_tokens} tokens of {top_k} (expected at most {MAX_TOKENS} tokens and {MAX_PAIRS} pairs)"
+    if num_groups > MAX_GROUPS:
+        return f"{num_groups} groups (expected at most {MAX_GROUPS})"
+    return None
+
+
+def group_rows(ids: Array, valid: Array, num_groups: int, row_tile: int) -> Grouping:
+    """Arguments as of the public function."""
+    num_tokens, top_k = ids.shape
+    num_pairs = num_tokens * top_k
+    num_visits = max_visits(num_groups, num_pairs, row_tile)
+    shapes = [
+        (1, num_pairs),
+        ids.shape,
+        (1, num_groups),
+        (1, num_groups + 1),
+        (1, num_visits),
+        (1, num_visits),
+        (1, 1),
+    ]
+    vmem = 16 * (num_groups + LANES) * (num_groups + LANES) * 4
+    order, position, sizes, starts, visit_group, visit_tile, count = pl.pallas_call(
+        functools.partial(_kernel, row_tile=row_tile),
+        in_specs=[pl.BlockSpec(memory_space=pltpu.VMEM)] * 2,
+        out_specs=[pl.BlockSpec(memory_space=pltpu.VMEM)] * len(shapes),
+        out_shape=[jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes],
+        compiler_params=compiler_params((), vmem),
+        name="dsv3_group_rows",
+        interpret=interpret(),
+    )(ids, valid.astype(jnp.int32)[None])
+    visits = Visits(starts[0], visit_group[0], visit_tile[0], count[0])
+    return Grouping(order[0], position, sizes[0], visits)
+
+
+def _kernel(
+    ids: Any,
+    valid: Any,
+    order: Any,
+    position: Any,
+    sizes: Any,
+    starts: Any,
+    visit_group: Any,
+    visit_tile: Any,
+    num_visits: Any,
+    *,
+    row_tile: int,
+) -> None:
+    num_tokens, top_k = _round_up(ids.shape[0]), ids.shape[1]
+    num_groups = sizes.shape[1]
+    is_valid = _pad(valid[...], (1, num_tokens)).astype(jnp.float32)
+    all_ids = _pad(ids[...], (num_tokens, top_k))
+    group = _iota((num_tokens, num_groups), 1)
+    hits = [group == all_ids[:, k : k + 1] for k in range(top_k)]
+    chosen = functools.reduce(jnp.logical_or, hits)
+
+    # Rows of a product with equal rows are equal: sizes and sums over them come out broadcast, whichever way is needed.
+    counts = _product(jnp.broadcast_to(is_valid, (LANES, num_tokens)), chosen, NN)
+    below = _iota((num_groups + SUBLANES, num_groups), 1) < _iota((num_groups + SUBLANES, num_groups), 0)
+    row_starts = _product(counts[:SUBLANES], below, NT)
+    column_starts = _product(below, counts, NT)
+    sizes[...] = counts[:1].astype(jnp.int32)
+    starts[...] = row_starts[:1, : num_groups + 1].astype(jnp.int32)
+
+    columns = _positions(hits, chosen, is_valid, row_starts)
+    slot = _iota((num_tokens, top_k), 1)
+    pairs = jnp.zeros((num_tokens, top_k), jnp.float32)
+    for k, column in enumerate(columns):
+        pairs = jnp.where(slot == k, column, pairs)
+    pairs = pairs.astype(jnp.int32)
+    position[...] = pairs[: ids.shape[0]]
+    _write_order(pairs, order)
+    _write_visits(column_starts, below[:num_groups], row_tile, visit_group, visit_tile, num_visits)
+
+
+def _positions(hits: list[Array], chosen: Array, is_valid: Array, row_starts: Array) -> list[Array]:
+    """Sorted rows of the tokens' pairs: float32 [M, 1] for each choice."""
+    num_tokens, num_groups = chosen.shape
+    shape = (num_tokens, num_tokens)
+    earlier = _iota(shape, 1) < _iota(shape, 0)
+    rank = _product(jnp.where(earlier, is_valid, 0), chosen, NN)
+    row = rank + row_starts[:1, :num_groups]
+    own = _lane_sum(jnp.where(_iota(shape, 1) == _iota(shape, 0), is_valid, 0))
+    invalid_before = _lane_sum(jnp.where(earlier, 1 - is_valid, 0))
+    behind = row_starts[:1, num_groups : num_groups + 1] + invalid_before * len(hits)
+    return [jnp.where(own > 0, _lane_sum(jnp.where(hit, row, 0)), behind + k) for k, hit in enumerate(hits)]
+
+
+def _write_order(position: Array, order: Any) -> None:
+    """The inverse permutation, as products of one-hot matrices: of a sorted row over 128, and modulo 128."""
+    num_tokens, top_k = position.shape
+    lines = -(-order.shape[1] // LANES)
+    high, low = position // LANES, position % LANES
+    square = (_round_up(top_k), top_k)
+    high = _product(_iota(square, 0) == _iota(square, 1), high, NT).astype(jnp.int32)
+    shape = (_round_up(lines), num_tokens)
+    token = _iota(shape, 1).astype(jnp.float32)
+    pairs = jnp.zeros((2 * shape[0], LANES), jnp.float32)
+    for k in range(top_k):
+        line = high[k : k + 1] == _iota(shape, 0)
+        left = jnp.concatenate([jnp.where(line, token, 0), jnp.where(line, float(k), 0)])
+        pairs += _product(left, low[:, k : k + 1] == _iota((num_tokens, LANES), 1), NN)
+    rows = (pairs[: shape[0]] * top_k + pairs[shape[0] :]).astype(jnp.int32)
+    for line in range(lines):
+        lanes = slice(line * LANES, min((line + 1) * LANES, order.shape[1]))
+        order[:, lanes] = rows[line : line + 1, : lanes.stop - lanes.start]
+
+
+def _write_visits(
+    starts: Array, below: Array, row_tile: int, visit_group: Any, visit_tile: Any, num_visits: Any
+) -> None:
+    """Visits by comparison with their cumulative sums.
+
+    Args:
+        starts: float32 [more than E, 128], first rows of the groups and the end of the last, equal in all lanes.
+        below: bool [E, E], whether the group of the column comes before that of the row.
+    """
+    num_groups = below.shape[0]
+    first, end = starts[:num_groups], starts[1 : num_groups + 1]
+    first_tile = _floor_divide(first, row_tile)
+    tiles = jnp.where(end > first, _floor_divide(end - 1, row_tile) - first_tile + 1, 0)
+    begin = _product(below, tiles, NN)
+    total = jnp.sum(tiles, axis=0, keepdims=True)
+    num_visits[...] = total[:, :1].astype(jnp.int32)
+    group = _iota(begin.shape, 0).astype(jnp.float32)
+    for start in range(0, visit_group.shape[1], LANES):
+        lanes = slice(start, min(start + LANES, visit_group.shape[1]))
+        visit = _iota((1, LANES), 1).astype(jnp.float32) + start
+        visit = jnp.maximum(jnp.minimum(visit, total - 1), 0)
+        here = (begin <= visit) & (visit < begin + tiles)
+        owner = jnp.sum(jnp.where(here, group, 0), axis=0, keepdims=True)
+        tile = jnp.sum(jnp.where(here, first_tile - begin, 0), axis=0, keepdims=True) + visit
+        visit_group[:, lanes] = owner[:, : lanes.stop - lanes.start].astype(jnp.int32)
+        visit_tile[:, lanes] = tile[:, : lanes.stop - lanes.start].astype(jnp.int32)
+
+
+def _pad(values: Array, shape: tuple[int, ...]) -> Array:
+    """With zeros: tokens that are not valid, behind the others, whose positions nothing else depends on."""
+    return jnp.pad(values, [(0, size - old) for size, old in zip(shape, values.shape, strict=True)])
+
+
+def _round_up(size: int) -> int:
+    return -(-size // SUBLANES) * SUBLANES
+
+
+def _floor_divide(rows: Array, row_tile: int) -> Array:
+    """Of whole numbers below 2^16 in float32, where half a row keeps clear of rounding."""
+    return jnp.floor((rows + 0.5) * (1 / row_tile))
+
+
+def _product(a: Array, b: Array, dimensions: Any) -> Array:
+    a, b = (factor.astype(jnp.float32).astype(jnp.bfloat16) for factor in (a, b))
+    return lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
+
+
+def _lane_sum(values: Array) -> Array:
+    return jnp.sum(values, axis=1, keepdims=True)
+
+
+def _iota(shape: tuple[int, ...], dimension: int) -> Array:
+    return lax.broadcasted_iota(jnp.int32, shape, dimension)
