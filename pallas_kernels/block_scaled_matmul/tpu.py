@@ -14,8 +14,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.block_scaled import BLOCK, BlockScaled, Weight
+from pallas_kernels.block_scaled_matmul import reference
 from pallas_kernels.block_scaled_matmul.tpu_tile import TILE_COLUMNS, TILE_ROWS, Operand, multiply_tile
 from pallas_kernels.chip import chip, compiler_params, interpret
+from pallas_kernels.gradient import with_gradient_of
 from pallas_kernels.normalize import Norm, normalize, rms_norm
 from pallas_kernels.quantize import quantize_activations
 from pallas_kernels.stack import float_values, layer_index, stacked
@@ -40,6 +42,38 @@ def block_scaled_matmul(
     out_dtype: jnp.dtype,
 ) -> Array:
     """One weight, or gate and up of SwiGLU; arguments as of the public functions."""
+    formats = {"activations": activations, "scale_fmt": scale_fmt, "out_dtype": out_dtype}
+    function = with_gradient_of(
+        functools.partial(_by_reference, **formats), functools.partial(_forward, **formats)
+    )
+    return function(x, weights, layer, norm, residual)
+
+
+def _by_reference(
+    x: Array,
+    weights: tuple[Weight, ...],
+    layer: Array | int | None,
+    norm: Norm | None,
+    residual: Array | None,
+    activations: str,
+    scale_fmt: str | None,
+    out_dtype: jnp.dtype,
+) -> Array:
+    return reference.block_scaled_matmul(
+        x, weights, layer, activations, scale_fmt, norm, residual, out_dtype
+    )
+
+
+def _forward(
+    x: Array,
+    weights: tuple[Weight, ...],
+    layer: Array | int | None,
+    norm: Norm | None,
+    residual: Array | None,
+    activations: str,
+    scale_fmt: str | None,
+    out_dtype: jnp.dtype,
+) -> Array:
     num_columns = weights[0].shape[-2]
     rows, row_scales = x.reshape(-1, x.shape[-1]), None
     quantized = activations == "float8" and isinstance(weights[0], BlockScaled)

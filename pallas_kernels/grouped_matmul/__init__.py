@@ -1,14 +1,18 @@
 """`grouped_matmul`: rows sorted by group, each group times its own matrix; the experts of a mixture."""
 
+from collections.abc import Callable
+
 from jax import Array
 
 from pallas_kernels.block_scaled import Weight
 from pallas_kernels.block_scaled_matmul import ActivationFormat
-from pallas_kernels.grouped_matmul import reference
+from pallas_kernels.group_rows import Visits
+from pallas_kernels.grouped_matmul import reference, tpu
+from pallas_kernels.grouped_matmul.rows import row_tile
 from pallas_kernels.implementation import choose
 from pallas_kernels.quantize import ScaleFormat
 
-__all__ = ["grouped_matmul", "grouped_swiglu"]
+__all__ = ["grouped_matmul", "grouped_swiglu", "row_tile"]
 
 
 def grouped_matmul(
@@ -16,6 +20,7 @@ def grouped_matmul(
     weight: Weight,
     group_sizes: Array,
     *,
+    visits: Visits | None = None,
     row_scale: Array | None = None,
     layer: Array | int | None = None,
     activations: ActivationFormat = "none",
@@ -31,16 +36,17 @@ def grouped_matmul(
         x: [M, K], rows of group 0 first, then those of group 1, ...
         weight: [L, E, N, K] with `layer`, [E, N, K] without.
         group_sizes: int32 [E], rows of each group; their sum is at most M.
+        visits: `plan_visits` of these sizes and `row_tile(M, E)`, if it is at hand.
         row_scale: float32 [M], multiplies the rows of the result (a router's weights), or None.
         layer: index into the stack, a scalar, possibly traced.
-        activations: "float8" quantises x in blocks of 1 x 128 before the product (W8A8).
+        activations: "float8" quantises x in blocks of 1 x 128 before the product (W8A8), if the weights are FP8.
         scale_fmt: format of the activations' scales.
 
     Returns:
         [M, N] in x's dtype.
     """
-    function = choose("grouped_matmul", implementation, {"reference": reference.grouped_matmul})
-    return function(x, weight, group_sizes, row_scale, layer, activations, scale_fmt)
+    function = _implementation(implementation, "grouped_matmul", weight)
+    return function(x, (weight,), group_sizes, visits, row_scale, layer, activations, scale_fmt)
 
 
 def grouped_swiglu(
@@ -49,6 +55,7 @@ def grouped_swiglu(
     up: Weight,
     group_sizes: Array,
     *,
+    visits: Visits | None = None,
     layer: Array | int | None = None,
     activations: ActivationFormat = "none",
     scale_fmt: ScaleFormat = None,
@@ -59,10 +66,15 @@ def grouped_swiglu(
     Args:
         x: [M, K], sorted by group as in `grouped_matmul`.
         gate, up: [L, E, N, K] with `layer`, [E, N, K] without.
-        group_sizes, layer, activations, scale_fmt: as in `grouped_matmul`.
+        group_sizes, visits, layer, activations, scale_fmt: as in `grouped_matmul`.
 
     Returns:
         [M, N] in x's dtype; rows beyond the last group are zeros.
     """
-    function = choose("grouped_swiglu", implementation, {"reference": reference.grouped_swiglu})
-    return function(x, gate, up, group_sizes, layer, activations, scale_fmt)
+    function = _implementation(implementation, "grouped_swiglu", gate)
+    return function(x, (gate, up), group_sizes, visits, None, layer, activations, scale_fmt)
+
+
+def _implementation(name: str | None, operation: str, weight: Weight) -> Callable[..., Array]:
+    implementations = {"reference": reference.grouped_matmul, "pallas": tpu.grouped_matmul}
+    return choose(operation, name, implementations, tpu.unsupported(weight))

@@ -11,37 +11,27 @@ from jax import Array, lax
 from pallas_kernels.block_scaled import BlockScaled, Weight
 from pallas_kernels.block_scaled_matmul.reference import as_rows
 from pallas_kernels.decode import dot_transposed, matrix_tile, tile_rows
+from pallas_kernels.group_rows import Visits
 from pallas_kernels.grouped_matmul.gradient import grouped_outer, grouped_transposed
 from pallas_kernels.grouped_matmul.rows import RowTile, over_groups, row_tile_size
 
 
 def grouped_matmul(
     x: Array,
-    weight: Weight,
+    weights: tuple[Weight, ...],
     group_sizes: Array,
+    visits: Visits | None,
     row_scale: Array | None,
     layer: Array | int | None,
     activations: str,
     scale_fmt: str | None,
 ) -> Array:
-    rows = as_rows(x, activations, scale_fmt)
-    out = _product(rows, (weight,), group_sizes, _index(layer))
+    """One matrix a group, or gate and up of SwiGLU; arguments as of the public functions, visits unused."""
+    rows = as_rows(x, activations if isinstance(weights[0], BlockScaled) else "none", scale_fmt)
+    out = _product(rows, weights, group_sizes, _index(layer))
     if row_scale is not None:
         out = out * row_scale[:, None]
     return out.astype(x.dtype)
-
-
-def grouped_swiglu(
-    x: Array,
-    gate: Weight,
-    up: Weight,
-    group_sizes: Array,
-    layer: Array | int | None,
-    activations: str,
-    scale_fmt: str | None,
-) -> Array:
-    rows = as_rows(x, activations, scale_fmt)
-    return _product(rows, (gate, up), group_sizes, _index(layer)).astype(x.dtype)
 
 
 def _index(layer: Array | int | None) -> tuple[Array, ...]:

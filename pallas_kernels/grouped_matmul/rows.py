@@ -20,6 +20,22 @@ def row_tile_size(num_rows: int, num_groups: int) -> int:
     return min(1 << (mean - 1).bit_length(), MAX_ROW_TILE)
 
 
+def row_tile(num_rows: int, num_groups: int) -> int:
+    """Rows of an aligned tile of the TPU kernel, all of whose K is in VMEM at once: a multiple of `chunk_rows`.
+
+    Args:
+        num_rows: M, all rows.
+        num_groups: E.
+    """
+    chunk = chunk_rows(num_rows, num_groups)
+    return min(-(-num_rows // chunk) * chunk, 256)
+
+
+def chunk_rows(num_rows: int, num_groups: int) -> int:
+    """Rows that the TPU kernel multiplies at once: 16 where groups have few, else 64."""
+    return 16 if num_rows <= 16 * num_groups else 64
+
+
 def over_nonempty(group_sizes: Array, body: Callable[[Array, Array], Array], init: Array) -> Array:
     """Loop over the groups that have rows, in ascending order: body(group, state) -> state."""
     chosen = jnp.argsort(group_sizes == 0, stable=True).astype(jnp.int32)
