@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 
 @dataclasses.dataclass(frozen=True)
 class Case:
@@ -16,7 +18,10 @@ class Case:
         arguments: pytrees of `jax.ShapeDtypeStruct`.
         ideal_bytes: what has to move between HBM and the chip at least.
         trips: trip counts of the loops inside the kernel, in the order of the compiled program; a nested loop counts
-            its own trips only. Empty where there are none.
+            its own trips only. May be left out where they are all constants of the compiled program, which must not
+            contradict them.
+        scalars: values of the kernel's prefetched scalars, for a kernel whose index maps read from them which blocks it
+            fetches; without them every position counts as another block.
     """
 
     kernel: str
@@ -25,3 +30,4 @@ class Case:
     arguments: tuple[Any, ...]
     ideal_bytes: int
     trips: tuple[int, ...] = ()
+    scalars: tuple[np.ndarray, ...] | None = None
