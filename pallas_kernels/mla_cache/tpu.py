@@ -31,7 +31,7 @@ def write_entries(
     caches = [cache] if cache_scales is None else [cache, cache_scales]
     scalars = [layer_index(layer), layer_index(norm_layer), start, counts]
     scalars += [] if page_table is None else [_window_pages(plan, start, page_table)]
-    weight = stacked(float_values(norm_weight), norm_layer, 2)[:, None]
+    weight = stacked(float_values(norm_weight), norm_layer, 2)
     operands = [compressed.reshape(-1, compressed.shape[-1]), rope.reshape(-1, rope.shape[-1]), weight]
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
     first_cache = len(scalars) + len(operands)
@@ -56,10 +56,13 @@ def write_entries(
 
 
 def _window_pages(plan: Plan, start: Array, page_table: Array) -> Array:
-    """The page of every window that a row may write to, int32 [B * windows]: the whole table may outgrow SMEM."""
-    first = (start // plan.window)[:, None] + jnp.arange(plan.windows)
-    index = jnp.minimum(first * plan.window // plan.page_size, page_table.shape[1] - 1)
-    return jnp.take_along_axis(page_table, index, axis=1).reshape(-1)
+    """The page of every window that a row may write to, int32 [windows, B]: the whole table may outgrow SMEM.
+
+    A search instead of a gather, since XLA makes one operation of it.
+    """
+    first = start // plan.window + jnp.arange(plan.windows)[:, None]
+    wanted = (first * plan.window // plan.page_size)[..., None] == jnp.arange(page_table.shape[1])
+    return jnp.max(jnp.where(wanted, page_table, -1), axis=2)
 
 
 def _scratch(plan: Plan, operands: list[Array], caches: list[Array]) -> list:
@@ -69,7 +72,7 @@ def _scratch(plan: Plan, operands: list[Array], caches: list[Array]) -> list:
     scratch = [
         pltpu.VMEM((tokens, compressed.shape[-1]), compressed.dtype),
         pltpu.VMEM((tokens, rope.shape[-1]), rope.dtype),
-        pltpu.VMEM(weight.shape[1:], weight.dtype),
+        pltpu.VMEM(weight.shape, weight.dtype),
         pltpu.VMEM((tokens, plan.width), jnp.int32),
         pltpu.VMEM((windows, plan.window, plan.width), caches[0].dtype),
         pltpu.SemaphoreType.DMA((3,)),

@@ -29,8 +29,8 @@ class Refs:
     """What the kernel reads and writes.
 
     Attributes:
-        layer, norm_layer, start, counts, pages: prefetched scalars; `pages` holds one for every window, or is None.
-        operands: compressed [B * Q, rank + Dr], rope [B * Q, Dr] and norm weights [Ln, 1, rank], where XLA put them.
+        layer, norm_layer, start, counts, pages: prefetched scalars; `pages` is [windows, B], or None.
+        operands: compressed [B * Q, rank + Dr], rope [B * Q, Dr] and norm weights [Ln, rank], where XLA put them.
         cache: the cache, and its scales if it has any, likewise.
         loaded: the operands of this grid step in VMEM.
         new: the new entries, int32 [tokens, W], each number's bits repeated over the word; then their scales,
@@ -89,7 +89,7 @@ def kernel(*arguments: Any, plan: Plan, eps: float, paged: bool, scaled: bool) -
         return lax.fori_loop(0, plan.rows, step, [jnp.int32(0)] * (1 + scaled))
 
     totals = for_windows(lambda window, row, i: _start(refs, plan, window, READS))
-    _load(refs, plan, first_row)
+    _load_operands(refs, plan, first_row)
     _make_entries(refs, plan, eps)
     _wait(refs, plan, totals, READS)
 
@@ -107,13 +107,24 @@ def _refs(arguments: list[Any], paged: bool, num_caches: int) -> Refs:
         del arguments[:count]
         return taken
 
-    scalars = take(4)
+    layer, norm_layer, start, counts = take(4)
     pages = take(1)[0] if paged else None
     operands = take(3)
+    # The caches as inputs: the same memory as the outputs.
     take(num_caches)
-    cache = take(num_caches)
-    loaded, new, tiles = take(3), take(num_caches), take(num_caches)
-    return Refs(*scalars, pages, operands, cache, loaded, new, tiles, *take(1))
+    return Refs(
+        layer=layer,
+        norm_layer=norm_layer,
+        start=start,
+        counts=counts,
+        pages=pages,
+        operands=operands,
+        cache=take(num_caches),
+        loaded=take(3),
+        new=take(num_caches),
+        tiles=take(num_caches),
+        semaphores=arguments[0],
+    )
 
 
 def _windows(plan: Plan, refs: Refs, row: Array, index: Array) -> list[Window]:
@@ -126,7 +137,7 @@ def _windows(plan: Plan, refs: Refs, row: Array, index: Array) -> list[Window]:
         written = (base < start + count) & (base < plan.capacity)
         block, slot = row, base
         if refs.pages is not None:
-            block = refs.pages[row * plan.windows + i]
+            block = refs.pages[i, row]
             slot = lax.rem(base, jnp.int32(plan.page_size))
             written &= (block >= 0) & (block < refs.cache[0].shape[1])
         lanes = base & -LANES
@@ -146,13 +157,16 @@ def _windows(plan: Plan, refs: Refs, row: Array, index: Array) -> list[Window]:
 
 def _copies(refs: Refs, plan: Plan, block: Array, slot: Array, buffer: Array, direction: int) -> list[Any]:
     """The copies of a window's tiles into VMEM or, for `WRITES`, back."""
-    places = [(block, pl.ds(pl.multiple_of(slot, plan.window), plan.window))]
-    places.append((block, slice(None), pl.ds(pl.multiple_of(slot & -LANES, LANES), LANES)))
+    places: list[tuple[Any, ...]] = [
+        (block, pl.ds(pl.multiple_of(slot, plan.window), plan.window)),
+        (block, slice(None), pl.ds(pl.multiple_of(slot & -LANES, LANES), LANES)),
+    ]
     copies = []
     for cache, tile, place in zip(refs.cache, refs.tiles, places, strict=False):
-        ends = (cache.at[refs.layer[0], *place], tile.at[buffer])
-        ends = ends[::-1] if direction == WRITES else ends
-        copies.append(pltpu.make_async_copy(*ends, refs.semaphores.at[direction]))
+        source, target = cache.at[refs.layer[0], *place], tile.at[buffer]
+        if direction == WRITES:
+            source, target = target, source
+        copies.append(pltpu.make_async_copy(source, target, refs.semaphores.at[direction]))
     return copies
 
 
@@ -174,10 +188,10 @@ def _wait(refs: Refs, plan: Plan, totals: list[Array], direction: int) -> None:
         lax.fori_loop(0, total, step, 0)
 
 
-def _load(refs: Refs, plan: Plan, first_row: Array) -> None:
+def _load_operands(refs: Refs, plan: Plan, first_row: Array) -> None:
     tokens = pl.ds(first_row * plan.queries, plan.rows * plan.queries)
     compressed, rope, weight = refs.operands
-    parts = [compressed.at[tokens], rope.at[tokens], weight.at[refs.norm_layer[0]]]
+    parts = [compressed.at[tokens], rope.at[tokens], weight]
     copies = [
         pltpu.make_async_copy(part, target, refs.semaphores.at[OPERANDS])
         for part, target in zip(parts, refs.loaded, strict=True)
@@ -190,7 +204,7 @@ def _load(refs: Refs, plan: Plan, first_row: Array) -> None:
 
 def _make_entries(refs: Refs, plan: Plan, eps: float) -> None:
     compressed, rope, weight = refs.loaded
-    scale = weight[...].astype(jnp.float32)
+    scale = _norm_weight(weight, refs.norm_layer[0])
 
     def make(tokens: Any) -> None:
         entry = _entries(compressed[tokens, :], rope[tokens, :], scale, plan, eps)
@@ -211,6 +225,12 @@ def _make_entries(refs: Refs, plan: Plan, eps: float) -> None:
         lax.fori_loop(0, chunks, step, 0)
     if rest:
         make(pl.ds(chunks * CHUNK, rest))
+
+
+def _norm_weight(weights: Any, layer: Array) -> Array:
+    """One row of the stack, float32 [1, rank]: a sum over rows, since packed rows can't be addressed."""
+    row = lax.broadcasted_iota(jnp.int32, weights.shape, 0)
+    return jnp.sum(jnp.where(row == layer, weights[...].astype(jnp.float32), 0), axis=0, keepdims=True)
 
 
 def _entries(compressed: Array, rope: Array, weight: Array, plan: Plan, eps: float) -> Array:
