@@ -9,9 +9,11 @@ from jax import Array
 
 from dsv3_jax.model.linear import Layer, Linear, Parameters, RMSNorm
 from dsv3_jax.model.rope import softmax_scale
+from pallas_kernels.mla_cache import write_entries
 from pallas_kernels.mla_decode import mla_decode
 from pallas_kernels.mla_heads import HeadDims, absorb_queries, head_values
 from pallas_kernels.mla_prefill import mla_prefill
+from pallas_kernels.normalize import Norm
 from pallas_kernels.rotary import rotate
 
 LORA_NORM_EPS = 1e-6
@@ -26,12 +28,19 @@ class Chunk:
     Attributes:
         rope: float32 [B, T, qk_rope_head_dim], cosines and sines of their positions.
         start: int32 [B], tokens of each row that came before.
-        valid: bool [B, T], False for padding, which is on the right.
+        counts: int32 [B], new tokens of each row; padding is on the right.
+        lengths: int32 [B], tokens that a decode step attends to, at most the cache's capacity; new ones included.
     """
 
     rope: Array
     start: Array
-    valid: Array
+    counts: Array
+    lengths: Array
+
+    @property
+    def valid(self) -> Array:
+        """bool [B, T], False for padding."""
+        return jnp.arange(self.rope.shape[1]) < self.counts[:, None]
 
 
 class MLA(nnx.Module):
@@ -58,25 +67,21 @@ class MLA(nnx.Module):
         self.config = config
         self.dims = HeadDims(config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim)
         self.scale = softmax_scale(config)
+        self.implementation = make.precision.implementation
 
-    def query_rows(self, x: Array, layer: Layer) -> Array:
-        """[..., hidden] -> [..., H * (qk_nope_head_dim + qk_rope_head_dim)], not rotated."""
+    def query_rows(self, x: Array, layer: Layer, norm: Norm) -> Array:
+        """[B, T, hidden] -> [B, T, H * (qk_nope_head_dim + qk_rope_head_dim)], not rotated."""
         if self.config.q_lora_rank is None:
-            return self.q_proj(x, layer)
-        return self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x, layer), layer), layer)
+            return self.q_proj(x, layer, norm=norm)
+        compressed = self.q_a_proj(x, layer, norm=norm)
+        return self.q_b_proj(compressed, layer, norm=self.q_a_layernorm.parameters())
 
-    def queries(self, x: Array, rope: Array, layer: Layer) -> tuple[Array, Array]:
+    def queries(self, x: Array, rope: Array, layer: Layer, norm: Norm) -> tuple[Array, Array]:
         """[B, T, hidden] -> [B, T, H, qk_nope_head_dim] and rotated [B, T, H, qk_rope_head_dim]."""
-        q = self.query_rows(x, layer)
+        q = self.query_rows(x, layer, norm)
         q = q.reshape(*x.shape[:2], self.config.num_attention_heads, self.config.qk_head_dim)
         q_nope, q_rope = jnp.split(q, [self.config.qk_nope_head_dim], axis=-1)
         return q_nope, rotate(q_rope, rope[:, :, None])
-
-    def latents(self, x: Array, rope: Array, layer: Layer) -> tuple[Array, Array]:
-        """[B, T, hidden] -> normalised latents [B, T, kv_lora_rank], rotated keys [B, T, qk_rope_head_dim]."""
-        compressed = self.kv_a_proj_with_mqa(x, layer)
-        latent, k_rope = jnp.split(compressed, [self.config.kv_lora_rank], axis=-1)
-        return self.kv_a_layernorm(latent, layer), rotate(k_rope, rope)
 
     def expand(self, latent: Array, layer: Layer) -> tuple[Array, Array]:
         """Latents [B, S, kv_lora_rank] -> k_nope [B, S, H, qk_nope_head_dim], v [B, S, H, v_head_dim]."""
@@ -84,74 +89,102 @@ class MLA(nnx.Module):
         k_nope, v = jnp.split(kv, [self.config.qk_nope_head_dim], axis=-1)
         return k_nope, v
 
-    def output(self, heads: Array, layer: Layer) -> Array:
-        """[B, T, H, v_head_dim] -> [B, T, hidden]."""
-        return self.o_proj(heads.reshape(*heads.shape[:2], -1), layer)
-
-    def fresh(self, x: Array, chunk: Chunk, layer: Layer) -> tuple[Array, tuple[Array, Array]]:
-        """Attention of sequences that begin with this chunk.
+    def fresh(self, x: Array, norm: Norm, chunk: Chunk, layer: Layer) -> tuple[Array, tuple[Array, Array]]:
+        """x + attention(norm(x)) of sequences that begin with this chunk.
 
         Returns:
-            [B, T, hidden], and what the cache keeps: latents and rotated keys.
+            [B, T, hidden], and what the cache keeps: normalised latents [B, T, kv_lora_rank] and rotated keys
+            [B, T, qk_rope_head_dim].
         """
-        q_nope, q_rope = self.queries(x, chunk.rope, layer)
-        latent, k_rope = self.latents(x, chunk.rope, layer)
+        q_nope, q_rope = self.queries(x, chunk.rope, layer, norm)
+        compressed = self.kv_a_proj_with_mqa(x, layer, norm=norm)
+        latent, k_rope = jnp.split(compressed, [self.config.kv_lora_rank], axis=-1)
+        latent, k_rope = self.kv_a_layernorm(latent, layer), rotate(k_rope, chunk.rope)
         k_nope, v = self.expand(latent, layer)
-        heads = mla_prefill(q_nope, q_rope, k_nope, k_rope, v, scale=self.scale)
-        return self.output(heads, layer), (latent, k_rope)
+        heads = mla_prefill(
+            q_nope, q_rope, k_nope, k_rope, v, scale=self.scale, implementation=self.implementation
+        )
+        return self._output(x, heads, layer), (latent, k_rope)
 
     def prefix(
-        self, x: Array, chunk: Chunk, entries: Array, layer: Layer, cache_layer: Array | int
+        self, x: Array, norm: Norm, chunk: Chunk, entries: Array, layer: Layer, cache_layer: Array | int
     ) -> tuple[Array, Array]:
-        """Attention of a chunk that continues what is cached.
+        """x + attention(norm(x)) of a chunk that continues what is cached.
 
         Args:
+            norm: RMSNorm in front.
             entries: [L, B, S, W], the cache.
             cache_layer: this layer's index in it.
 
         Returns:
             [B, T, hidden], and the cache with the chunk in it.
         """
-        q_nope, q_rope = self.queries(x, chunk.rope, layer)
-        entries = write_entries(entries, self.latents(x, chunk.rope, layer), chunk, cache_layer)
+        q_nope, q_rope = self.queries(x, chunk.rope, layer, norm)
+        entries = self._write(x, norm, chunk, entries, layer, cache_layer)
         latent, k_rope, _ = jnp.split(entries[cache_layer].astype(x.dtype), self._entry_parts(), axis=-1)
         k_nope, v = self.expand(latent, layer)
-        heads = mla_prefill(q_nope, q_rope, k_nope, k_rope, v, scale=self.scale, start=chunk.start)
-        return self.output(heads, layer), entries
+        heads = mla_prefill(
+            q_nope,
+            q_rope,
+            k_nope,
+            k_rope,
+            v,
+            scale=self.scale,
+            start=chunk.start,
+            implementation=self.implementation,
+        )
+        return self._output(x, heads, layer), entries
 
     def absorbed(
-        self, x: Array, chunk: Chunk, entries: Array, layer: Layer, cache_layer: Array | int
+        self, x: Array, norm: Norm, chunk: Chunk, entries: Array, layer: Layer, cache_layer: Array | int
     ) -> tuple[Array, Array]:
-        """Attention of a few new tokens, without expanding the cache; arguments and results as of `prefix`."""
+        """x + attention(norm(x)) of a few new tokens, without expanding the cache; otherwise as `prefix`."""
         batch, length, _ = x.shape
-        kv_b, dims = self.kv_b_proj.matrix(), self.dims
+        kv_b = self.kv_b_proj.matrix()
         rope = chunk.rope.reshape(batch * length, -1)
-        q = self.query_rows(x, layer).reshape(batch * length, -1)
-        q_latent, q_rope = absorb_queries(q, rope, kv_b, dims, layer=layer)
-        entries = write_entries(entries, self.latents(x, chunk.rope, layer), chunk, cache_layer)
-        q_latent, q_rope = (part.reshape(batch, length, *part.shape[1:]) for part in (q_latent, q_rope))
-        lengths = chunk.start + length
-        context, _ = mla_decode(q_latent, q_rope, entries, lengths, scale=self.scale, layer=cache_layer)
-        heads = head_values(context.reshape(-1, *context.shape[2:]), kv_b, dims, layer=layer)
-        return self.output(heads.reshape(batch, length, -1), layer), entries
+        q = self.query_rows(x, layer, norm).reshape(batch * length, -1)
+        q_latent, q_rope = absorb_queries(
+            q, rope, kv_b, self.dims, layer=layer, implementation=self.implementation
+        )
+        entries = self._write(x, norm, chunk, entries, layer, cache_layer)
+        context, _ = mla_decode(
+            *(part.reshape(batch, length, *part.shape[1:]) for part in (q_latent, q_rope)),
+            entries,
+            chunk.lengths,
+            scale=self.scale,
+            layer=cache_layer,
+            implementation=self.implementation,
+        )
+        context = context.reshape(batch * length, *context.shape[2:])
+        heads = head_values(context, kv_b, self.dims, layer=layer, implementation=self.implementation)
+        return self._output(x, heads, layer), entries
+
+    def _output(self, x: Array, heads: Array, layer: Layer) -> Array:
+        """x and the projection of all heads' values, [B, T, H, v_head_dim] or flattened."""
+        return self.o_proj(heads.reshape(*x.shape[:2], -1), layer, residual=x)
+
+    def _write(
+        self, x: Array, norm: Norm, chunk: Chunk, entries: Array, layer: Layer, cache_layer: Array | int
+    ) -> Array:
+        """The cache with the chunk in it; padding is not written."""
+        latent_norm = self.kv_a_layernorm.parameters()
+        written = write_entries(
+            entries,
+            self.kv_a_proj_with_mqa(x, layer, norm=norm),
+            norm_weight=latent_norm.weight,
+            norm_eps=latent_norm.eps,
+            norm_layer=layer,
+            rope=chunk.rope,
+            start=chunk.start,
+            counts=chunk.counts,
+            layer=cache_layer,
+            implementation=self.implementation,
+        )
+        assert not isinstance(written, tuple)
+        return written
 
     def _entry_parts(self) -> list[int]:
         return [self.config.kv_lora_rank, self.config.kv_lora_rank + self.config.qk_rope_head_dim]
-
-
-def write_entries(entries: Array, new: tuple[Array, Array], chunk: Chunk, cache_layer: Array | int) -> Array:
-    """Puts the latents and rotated keys of a chunk into the cache; padding is not written.
-
-    Args:
-        entries: [L, B, S, W].
-        new: latents [B, T, kv_lora_rank] and keys [B, T, qk_rope_head_dim].
-    """
-    joined = pack_entries(new, entries)
-    batch, length = joined.shape[:2]
-    position = chunk.start[:, None] + jnp.arange(length)
-    position = jnp.where(chunk.valid, position, entries.shape[2])
-    rows = jnp.arange(batch)[:, None]
-    return entries.at[cache_layer, rows, position].set(joined, mode="drop")
 
 
 def pack_entries(new: tuple[Array, Array], entries: Array) -> Array:

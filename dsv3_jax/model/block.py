@@ -20,8 +20,7 @@ class DecoderLayer(nnx.Module):
 
     def feed_forward(self, x: Array, valid: Array, layer: Layer) -> tuple[Array, Routing | None]:
         """The second half, residual included: [B, T, hidden_size], and the routing of a MoE layer."""
-        normed = self.post_attention_layernorm(x, layer)
+        norm = self.post_attention_layernorm.parameters()
         if isinstance(self.mlp, MoE):
-            out, routing = self.mlp(normed, valid, layer)
-            return x + out, routing
-        return x + self.mlp(normed, layer), None
+            return self.mlp(x, valid, layer, norm)
+        return self.mlp(x, layer, norm=norm, residual=x), None

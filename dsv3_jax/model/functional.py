@@ -19,10 +19,11 @@ from dsv3_jax.model.cache import Cache
 from dsv3_jax.model.mlp import Routing
 from dsv3_jax.model.transformer import DeepseekV3, abstract_model
 from dsv3_jax.precision import Precision
+from pallas_kernels.normalize import Norm
 
 Params = dict
-Attend = Callable[[MLA, Array, Array, Array, Array], tuple[Array, Array]]
-"""(attention, normed x, cache entries, layer of the stack, layer of the cache) -> (output, cache entries)."""
+Attend = Callable[[MLA, Array, Norm, Array, Array, Array], tuple[Array, Array]]
+"""(attention, x, its norm, cache entries, layer of the stack, layer of the cache) -> (x + output, cache entries)."""
 
 
 @functools.lru_cache(maxsize=16)
@@ -38,7 +39,7 @@ def bind(params: Params, config: ModelConfig, precision: Precision) -> DeepseekV
 def head(params: Params, hidden: Array, *, config: ModelConfig, precision: Precision) -> Array:
     """Logits from hidden states before the final norm: [..., hidden_size] -> float32 [..., vocab_size]."""
     model = bind(params, config, precision)
-    return model.logits(model.norm(hidden))
+    return model.logits(hidden, model.norm.parameters())
 
 
 def prefill(
@@ -113,8 +114,10 @@ def extend_hidden(
     model = bind(params, config, precision)
     chunk = _chunk(cache, cache.lengths, lengths, tokens.shape[1])
 
-    def attend(mla: MLA, x: Array, entries: Array, layer: Array, cache_layer: Array) -> tuple[Array, Array]:
-        return mla.prefix(x, chunk, entries, layer, cache_layer)
+    def attend(
+        mla: MLA, x: Array, norm: Norm, entries: Array, layer: Array, cache_layer: Array
+    ) -> tuple[Array, Array]:
+        return mla.prefix(x, norm, chunk, entries, layer, cache_layer)
 
     x, entries = _run_layers(model, model.embed_tokens(tokens), chunk, cache.entries, attend)
     return x, Cache(entries, cache.lengths + lengths, cache.rope)
@@ -217,7 +220,8 @@ def train_hidden(
     chunk = Chunk(
         rope=jnp.broadcast_to(rope, (batch, *rope.shape)),
         start=jnp.zeros(batch, jnp.int32),
-        valid=jnp.ones((batch, length), bool),
+        counts=jnp.full(batch, length, jnp.int32),
+        lengths=jnp.full(batch, length, jnp.int32),
     )
     x, routing = model.embed_tokens(tokens), None
     for group, _ in model.groups():
@@ -226,8 +230,8 @@ def train_hidden(
         def layer_step(x: Array, weights: nnx.State, structure: nnx.GraphDef = structure) -> tuple:
             # Slices handed out by the scan: a gradient of an indexed stack would be summed over whole stacks.
             layer: DecoderLayer = nnx.merge(structure, weights)
-            attended, _ = layer.self_attn.fresh(layer.input_layernorm(x), chunk, None)
-            return layer.feed_forward(x + attended, chunk.valid, None)
+            x, _ = layer.self_attn.fresh(x, layer.input_layernorm.parameters(), chunk, None)
+            return layer.feed_forward(x, chunk.valid, None)
 
         x, routing = lax.scan(jax.checkpoint(layer_step) if remat else layer_step, x, stacked)
     return x, routing
@@ -237,7 +241,9 @@ def _chunk(cache: Cache, start: Array, lengths: Array, num_tokens: int) -> Chunk
     offset = jnp.arange(num_tokens)
     # Padding may stand beyond the capacity; its position is of no consequence.
     position = jnp.minimum(start[:, None] + offset, cache.capacity - 1)
-    return Chunk(rope=cache.rope[position], start=start, valid=offset < lengths[:, None])
+    # Rows that are finished attend too, to no use; what they attend to has to exist.
+    attended = jnp.minimum(start + num_tokens, cache.capacity)
+    return Chunk(rope=cache.rope[position], start=start, counts=lengths, lengths=attended)
 
 
 def _decode_chunk(cache: Cache, num_tokens: int, live: Array | None) -> tuple[Chunk, Array]:
@@ -248,8 +254,10 @@ def _decode_chunk(cache: Cache, num_tokens: int, live: Array | None) -> tuple[Ch
 
 
 def _attend_fresh(chunk: Chunk) -> Attend:
-    def attend(mla: MLA, x: Array, entries: Array, layer: Array, cache_layer: Array) -> tuple[Array, Array]:
-        out, new = mla.fresh(x, chunk, layer)
+    def attend(
+        mla: MLA, x: Array, norm: Norm, entries: Array, layer: Array, cache_layer: Array
+    ) -> tuple[Array, Array]:
+        out, new = mla.fresh(x, norm, chunk, layer)
         packed = pack_entries(new, entries)[None]
         return out, lax.dynamic_update_slice(entries, packed, (cache_layer, 0, 0, 0))
 
@@ -257,8 +265,10 @@ def _attend_fresh(chunk: Chunk) -> Attend:
 
 
 def _attend_absorbed(chunk: Chunk) -> Attend:
-    def attend(mla: MLA, x: Array, entries: Array, layer: Array, cache_layer: Array) -> tuple[Array, Array]:
-        return mla.absorbed(x, chunk, entries, layer, cache_layer)
+    def attend(
+        mla: MLA, x: Array, norm: Norm, entries: Array, layer: Array, cache_layer: Array
+    ) -> tuple[Array, Array]:
+        return mla.absorbed(x, norm, chunk, entries, layer, cache_layer)
 
     return attend
 
@@ -290,11 +300,10 @@ def _layer(
 ) -> tuple[Array, Array]:
     x, entries = carry
     with jax.named_scope("attention"):
-        attended, entries = attend(
-            group.self_attn, group.input_layernorm(x, layer), entries, layer, cache_layer
-        )
+        norm = group.input_layernorm.parameters()
+        x, entries = attend(group.self_attn, x, norm, entries, layer, cache_layer)
     with jax.named_scope("feed_forward"):
-        x, _ = group.feed_forward(x + attended, chunk.valid, layer)
+        x, _ = group.feed_forward(x, chunk.valid, layer)
     return x, entries
 
 

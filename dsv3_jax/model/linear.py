@@ -10,6 +10,7 @@ from dsv3_jax.precision import Precision
 from pallas_kernels.block_scaled import BlockScaled, Weight
 from pallas_kernels.block_scaled_matmul import ActivationFormat, block_scaled_matmul
 from pallas_kernels.decode import to_float32
+from pallas_kernels.normalize import Norm, rms_norm
 from pallas_kernels.quantize import ScaleFormat, quantize_weight
 
 Layer = Array | int | None
@@ -58,6 +59,7 @@ class Linear(nnx.Module):
         quantization = make.config.quantization_config
         self.activations: ActivationFormat = make.precision.activations
         self.scale_fmt: ScaleFormat = quantization.scale_fmt if quantization else None
+        self.implementation = make.precision.implementation
 
     def matrix(self) -> Weight:
         """The weight as the operations of `pallas_kernels` take it."""
@@ -65,10 +67,19 @@ class Linear(nnx.Module):
             return self.weight[...]
         return BlockScaled(self.weight[...], self.weight_scale_inv[...])
 
-    def __call__(self, x: Array, layer: Layer) -> Array:
-        """[..., in_features] -> [..., out_features], in x's dtype."""
+    def __call__(
+        self, x: Array, layer: Layer, *, norm: Norm | None = None, residual: Array | None = None
+    ) -> Array:
+        """[..., in_features] -> [..., out_features], in x's dtype: W norm(x) + residual."""
         return block_scaled_matmul(
-            x, self.matrix(), layer=layer, activations=self.activations, scale_fmt=self.scale_fmt
+            x,
+            self.matrix(),
+            layer=layer,
+            activations=self.activations,
+            scale_fmt=self.scale_fmt,
+            norm=norm,
+            residual=residual,
+            implementation=self.implementation,
         )
 
 
@@ -77,10 +88,18 @@ class PlainLinear(nnx.Module):
 
     def __init__(self, make: Parameters, stack: tuple[int, ...], out_features: int, in_features: int):
         self.weight = make.normal((*stack, out_features, in_features))
+        self.implementation = make.precision.implementation
 
-    def __call__(self, x: Array, layer: Layer = None) -> Array:
-        """[..., in_features] -> float32 [..., out_features]."""
-        return block_scaled_matmul(x.astype(jnp.float32), self.weight[...], layer=layer)
+    def __call__(self, x: Array, layer: Layer = None, *, norm: Norm | None = None) -> Array:
+        """[..., in_features] -> float32 [..., out_features]: W norm(x)."""
+        return block_scaled_matmul(
+            x,
+            self.weight[...],
+            layer=layer,
+            norm=norm,
+            out_dtype=jnp.float32,
+            implementation=self.implementation,
+        )
 
 
 class Embedding(nnx.Module):
@@ -89,27 +108,30 @@ class Embedding(nnx.Module):
     def __init__(self, make: Parameters, vocab_size: int, hidden_size: int):
         self.weight = make.normal((vocab_size, hidden_size))
         self.dtype = make.precision.dtype
+        self.implementation = make.precision.implementation
 
     def __call__(self, tokens: Array) -> Array:
         """int32 [...] -> [..., hidden_size] in the compute dtype."""
         return to_float32(self.weight[...][tokens]).astype(self.dtype)
 
-    def logits(self, x: Array) -> Array:
+    def logits(self, x: Array, norm: Norm | None = None) -> Array:
         """The tied head: [..., hidden_size] -> float32 [..., vocab_size]."""
-        return block_scaled_matmul(x.astype(jnp.float32), self.weight[...])
+        return block_scaled_matmul(
+            x, self.weight[...], norm=norm, out_dtype=jnp.float32, implementation=self.implementation
+        )
 
 
 class RMSNorm(nnx.Module):
-    """w * x / sqrt(mean(x^2) + eps), statistics in float32, rounded to x's dtype before w as `transformers` does."""
+    """An RMSNorm's weight; most are fused into the operation that follows (`parameters`)."""
 
     def __init__(self, make: Parameters, stack: tuple[int, ...], size: int, eps: float):
         self.weight = make.ones((*stack, size))
         self.eps = eps
 
+    def parameters(self) -> Norm:
+        """Weight and eps as the operations of `pallas_kernels` take them."""
+        return Norm(self.weight[...], self.eps)
+
     def __call__(self, x: Array, layer: Layer = None) -> Array:
         """[..., size] -> [..., size] in x's dtype."""
-        weight = self.weight[...] if layer is None else self.weight[...][layer]
-        wide = x.astype(jnp.float32)
-        variance = jnp.mean(wide * wide, axis=-1, keepdims=True)
-        normalised = (wide * jax.lax.rsqrt(variance + self.eps)).astype(x.dtype)
-        return to_float32(weight).astype(x.dtype) * normalised
+        return rms_norm(x, self.parameters(), layer)

@@ -7,7 +7,9 @@ from jax import Array
 from dsv3_jax.model.linear import Layer, Linear, Parameters
 from dsv3_jax.model.router import Router
 from pallas_kernels.block_scaled_matmul import block_scaled_swiglu
-from pallas_kernels.grouped_matmul import grouped_matmul, grouped_swiglu
+from pallas_kernels.group_rows import Grouping, group_rows
+from pallas_kernels.grouped_matmul import grouped_matmul, grouped_swiglu, row_tile
+from pallas_kernels.normalize import Norm
 
 
 class MLP(nnx.Module):
@@ -19,8 +21,10 @@ class MLP(nnx.Module):
         self.up_proj = Linear(make, stack, intermediate_size, hidden)
         self.down_proj = Linear(make, stack, hidden, intermediate_size)
 
-    def __call__(self, x: Array, layer: Layer) -> Array:
-        """[..., hidden_size] -> [..., hidden_size]."""
+    def __call__(
+        self, x: Array, layer: Layer, *, norm: Norm | None = None, residual: Array | None = None
+    ) -> Array:
+        """[..., hidden_size] -> [..., hidden_size]: MLP(norm(x)) + residual."""
         gate, up = self.gate_proj, self.up_proj
         hidden = block_scaled_swiglu(
             x,
@@ -29,8 +33,10 @@ class MLP(nnx.Module):
             layer=layer,
             activations=gate.activations,
             scale_fmt=gate.scale_fmt,
+            norm=norm,
+            implementation=gate.implementation,
         )
-        return self.down_proj(hidden, layer)
+        return self.down_proj(hidden, layer, residual=residual)
 
 
 class Experts(MLP):
@@ -39,12 +45,12 @@ class Experts(MLP):
     def __init__(self, make: Parameters, stack: tuple[int, ...]):
         super().__init__(make, (*stack, make.config.n_routed_experts), make.config.moe_intermediate_size)
 
-    def __call__(self, x: Array, group_sizes: Array, row_scale: Array, layer: Layer) -> Array:
+    def grouped(self, x: Array, grouping: Grouping, row_scale: Array, layer: Layer) -> Array:
         """Every row through the expert of its group.
 
         Args:
             x: [R, hidden_size], sorted by expert.
-            group_sizes: int32 [E].
+            grouping: how the rows lie.
             row_scale: float32 [R], weights of the outputs.
 
         Returns:
@@ -55,19 +61,23 @@ class Experts(MLP):
             x,
             self.gate_proj.matrix(),
             self.up_proj.matrix(),
-            group_sizes,
+            grouping.sizes,
+            visits=grouping.visits,
             layer=layer,
             activations=down.activations,
             scale_fmt=down.scale_fmt,
+            implementation=down.implementation,
         )
         return grouped_matmul(
             hidden,
             down.matrix(),
-            group_sizes,
+            grouping.sizes,
+            visits=grouping.visits,
             row_scale=row_scale,
             layer=layer,
             activations=down.activations,
             scale_fmt=down.scale_fmt,
+            implementation=down.implementation,
         )
 
 
@@ -80,8 +90,8 @@ class MoE(nnx.Module):
         self.experts = Experts(make, stack)
         self.shared_experts = MLP(make, stack, config.n_shared_experts * config.moe_intermediate_size)
 
-    def __call__(self, x: Array, valid: Array, layer: Layer) -> tuple[Array, "Routing"]:
-        """Sends every token to its experts.
+    def __call__(self, x: Array, valid: Array, layer: Layer, norm: Norm) -> tuple[Array, "Routing"]:
+        """x + MoE(norm(x)): every token goes to its experts.
 
         Args:
             x: [B, T, hidden_size].
@@ -91,28 +101,28 @@ class MoE(nnx.Module):
             [B, T, hidden_size], and the router's (ids [B * T, K], scores [B * T, E]).
         """
         rows = x.reshape(-1, x.shape[-1])
-        ids, weights, scores = self.gate(rows, layer)
-        order, group_sizes = sort_by_expert(ids, valid.reshape(-1), scores.shape[-1])
-        out = self.experts(rows[order // ids.shape[1]], group_sizes, weights.reshape(-1)[order], layer)
-        # A permutation is its own scatter: every (token, choice) gets its row back, then the choices are summed.
-        routed = jnp.zeros_like(out).at[order].set(out, unique_indices=True)
-        routed = routed.reshape(*ids.shape, -1).astype(jnp.float32).sum(axis=1).astype(x.dtype)
-        return self.shared_experts(x, layer) + routed.reshape(x.shape), (ids, scores)
+        routed = self.gate.routed(rows, layer, norm)
+        num_tokens, num_choices = routed.ids.shape
+        num_experts = routed.scores.shape[-1]
+        grouping = group_rows(
+            routed.ids,
+            valid.reshape(-1),
+            num_groups=num_experts,
+            row_tile=row_tile(num_tokens * num_choices, num_experts),
+            implementation=self.gate.implementation,
+        )
+        sorted_rows = _take(routed.normed, grouping.order // num_choices)
+        weights = _take(routed.weights.reshape(-1), grouping.order)
+        out = self.experts.grouped(sorted_rows, grouping, weights, layer)
+        chosen = _take(out, grouping.position.reshape(-1)).reshape(num_tokens, num_choices, -1)
+        combined = chosen.astype(jnp.float32).sum(axis=1).astype(x.dtype)
+        total = self.shared_experts(routed.normed, layer) + combined
+        return x + total.reshape(x.shape), (routed.ids, routed.scores)
 
 
 Routing = tuple[Array, Array]
 
 
-def sort_by_expert(ids: Array, valid: Array, num_experts: int) -> tuple[Array, Array]:
-    """Order in which the (token, choice) pairs stand grouped by expert.
-
-    Args:
-        ids: int32 [M, K].
-        valid: bool [M]; pairs of other tokens come last and belong to no group.
-
-    Returns:
-        int32 [M * K], a permutation of the pairs t * K + k, and int32 [num_experts], the sizes of the groups.
-    """
-    keys = jnp.where(valid[:, None], ids, num_experts).reshape(-1)
-    order = jnp.argsort(keys, stable=True)
-    return order, jnp.bincount(keys, length=num_experts + 1)[:num_experts].astype(jnp.int32)
+def _take(rows: Array, index: Array) -> Array:
+    """rows[index]; the indices are known to be in bounds, which saves the check of each."""
+    return rows.at[index].get(mode="promise_in_bounds")

@@ -9,6 +9,7 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.block import DecoderLayer
 from dsv3_jax.model.linear import Embedding, Parameters, PlainLinear, RMSNorm
 from dsv3_jax.precision import Precision
+from pallas_kernels.normalize import Norm
 
 
 class SharedHead(nnx.Module):
@@ -72,11 +73,11 @@ class DeepseekV3(nnx.Module):
             groups.append((self.moe_layers, config.num_moe_layers))
         return groups
 
-    def logits(self, hidden: Array) -> Array:
-        """[..., hidden_size], after a norm -> float32 [..., vocab_size]."""
+    def logits(self, hidden: Array, norm: Norm | None = None) -> Array:
+        """[..., hidden_size] -> float32 [..., vocab_size]; through `norm` first, if it is given."""
         if self.config.tie_word_embeddings:
-            return self.embed_tokens.logits(hidden)
-        return self.lm_head(hidden)
+            return self.embed_tokens.logits(hidden, norm)
+        return self.lm_head(hidden, norm=norm)
 
 
 def abstract_model(config: ModelConfig, precision: Precision) -> DeepseekV3:

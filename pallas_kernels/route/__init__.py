@@ -23,8 +23,7 @@ def route(
     scoring: Scoring,
     normalize: bool,
     scale: float,
-    norm_weight: Array | None = None,
-    norm_eps: float = 1e-6,
+    norm: Norm | None = None,
     implementation: str | None = None,
 ) -> Routed:
     """Scores all experts, chooses `top_k` of them a token and weighs them (paper section 2.1.2, `Gate` of model.py).
@@ -46,8 +45,7 @@ def route(
         scoring: what makes scores of logits.
         normalize: divides the chosen experts' weights by their sum.
         scale: multiplies the weights afterwards.
-        norm_weight: [L, H] or [H]: tokens pass an RMSNorm first; None where they come normalised.
-        norm_eps: added to the mean square by that norm.
+        norm: RMSNorm that tokens pass first, its weight stacked as `weight` is; None where they come normed.
         implementation: None, "reference" or "pallas".
 
     Raises:
@@ -55,7 +53,6 @@ def route(
     """
     _check(weight.shape[-2], top_k, n_group, topk_group, group_score)
     rule = Rule(top_k, n_group, topk_group, group_score, scoring, normalize, scale)
-    norm = None if norm_weight is None else Norm(norm_weight, norm_eps)
     implementations = {"reference": reference.route, "pallas": tpu.route}
     function = choose("route", implementation, implementations, tpu.unsupported(x, weight))
     return function(x, weight, bias, layer, rule, norm)

@@ -5,16 +5,19 @@ import numpy as np
 import pytest
 
 from dsv3_jax.config import ModelConfig, named_config
-from dsv3_jax.model.mlp import sort_by_expert
-from dsv3_jax.model.router import choose_experts, combine_weights
+from dsv3_jax.model.router import routing_rule
+from pallas_kernels.route import route
 
-V3 = dataclasses.replace(
-    named_config("deepseek-v3"), n_routed_experts=32, n_group=8, topk_group=3, num_experts_per_tok=5
+EXPERTS, CHOSEN = 32, 5
+V3, V2 = (
+    dataclasses.replace(
+        named_config(name), n_routed_experts=EXPERTS, n_group=8, topk_group=3, num_experts_per_tok=CHOSEN
+    )
+    for name in ("deepseek-v3", "deepseek-v2")
 )
-V2 = dataclasses.replace(
-    named_config("deepseek-v2"), n_routed_experts=32, n_group=8, topk_group=3, num_experts_per_tok=5
+LITE = dataclasses.replace(
+    named_config("deepseek-v2-lite"), n_routed_experts=EXPERTS, num_experts_per_tok=CHOSEN
 )
-LITE = dataclasses.replace(named_config("deepseek-v2-lite"), n_routed_experts=32, num_experts_per_tok=5)
 
 
 def choose_one(choice: np.ndarray, config: ModelConfig) -> set[int]:
@@ -29,26 +32,24 @@ def choose_one(choice: np.ndarray, config: ModelConfig) -> set[int]:
 
 @pytest.mark.parametrize(
     ("config", "shift"),
-    [(V3, 0.0), (V3, -5.0), (V2, 0.0), (LITE, 0.0)],
+    [(V3, 0.0), (V3, -5.0), (V2, None), (LITE, None)],
     ids=["noaux_tc", "noaux_tc-negative", "group_limited_greedy", "greedy"],
 )
-def test_choice(config: ModelConfig, shift: float) -> None:
-    choice = np.random.default_rng(0).random((200, 32)).astype(np.float32) + np.float32(shift)
-    ids = np.asarray(choose_experts(jnp.asarray(choice), config))
+def test_rule_of_a_config(config: ModelConfig, shift: float | None) -> None:
+    logits = np.random.default_rng(0).standard_normal((200, EXPERTS)).astype(np.float32)
+    bias = None if shift is None else np.linspace(0, 0.3, EXPERTS, dtype=np.float32) + np.float32(shift)
+    # The identity as the router's weight: what goes in are the logits.
+    routed = route(
+        jnp.asarray(logits), jnp.eye(EXPERTS), None if bias is None else jnp.asarray(bias), **routing_rule(config)
+    )
+    scores = np.asarray(routed.scores)
+    exponents = np.exp(logits)
+    expected = 1 / (1 + 1 / exponents) if bias is not None else exponents / exponents.sum(-1, keepdims=True)
+    np.testing.assert_allclose(scores, expected, rtol=1e-6)
+    choice = scores if bias is None else scores + bias
+    ids = np.asarray(routed.ids)
     assert [set(row.tolist()) for row in ids] == [choose_one(row, config) for row in choice]
-
-
-def test_weights_are_normalised_then_scaled() -> None:
-    scores = jnp.asarray([[0.1, 0.2, 0.3, 0.4]])
-    ids = jnp.asarray([[3, 1]])
-    v3 = np.asarray(combine_weights(scores, ids, V3))
-    np.testing.assert_allclose(v3, [[0.4 / 0.6 * 2.5, 0.2 / 0.6 * 2.5]], rtol=1e-6)
-    v2 = np.asarray(combine_weights(scores, ids, V2))
-    np.testing.assert_allclose(v2, [[0.4 * 16, 0.2 * 16]], rtol=1e-6)
-
-
-def test_sorting_groups_pairs_and_leaves_padding_last() -> None:
-    ids = jnp.asarray([[2, 0], [1, 2], [0, 1]])
-    order, sizes = sort_by_expert(ids, jnp.asarray([True, False, True]), 4)
-    np.testing.assert_array_equal(np.asarray(sizes), [2, 1, 1, 0])
-    np.testing.assert_array_equal(np.asarray(order), [1, 4, 5, 0, 2, 3])
+    weights = np.take_along_axis(scores, ids, axis=1)
+    if config.norm_topk_prob:
+        weights /= weights.sum(-1, keepdims=True)
+    np.testing.assert_allclose(routed.weights, weights * config.routed_scaling_factor, rtol=1e-5)
