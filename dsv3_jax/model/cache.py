@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from dsv3_jax.config import ModelConfig
@@ -20,7 +21,8 @@ class Cache:
     Attributes:
         entries: [L, B, S, W]: normalised latent (kv_lora_rank), rotated rope key (qk_rope_head_dim), zeros.
         lengths: int32 [B], tokens of each row that are in the cache.
-        rope: float32 [S, qk_rope_head_dim], cosines and sines of the positions that fit.
+        rope: float32 [S, 128 or a multiple], cosines and sines of the positions that fit, qk_rope_head_dim numbers in
+            all, then zeros. A TPU holds narrower rows the other way round, and turns all of them to read a few.
     """
 
     entries: Array
@@ -55,7 +57,7 @@ def init_cache(
     return Cache(
         entries=jnp.zeros((num_layers, batch, capacity, width), dtype),
         lengths=jnp.zeros(batch, jnp.int32),
-        rope=jnp.asarray(rope_table(config, capacity)),
+        rope=_padded_rope_table(config, capacity),
     )
 
 
@@ -65,5 +67,10 @@ def grow(cache: Cache, config: ModelConfig, capacity: int) -> Cache:
     return Cache(
         entries=jnp.pad(cache.entries, ((0, 0), (0, 0), (0, more), (0, 0))),
         lengths=cache.lengths,
-        rope=jnp.asarray(rope_table(config, capacity)),
+        rope=_padded_rope_table(config, capacity),
     )
+
+
+def _padded_rope_table(config: ModelConfig, capacity: int) -> Array:
+    table = rope_table(config, capacity)
+    return jnp.asarray(np.pad(table, ((0, 0), (0, -table.shape[1] % 128))))

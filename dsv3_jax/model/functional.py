@@ -101,7 +101,7 @@ def prefill_hidden(
 ) -> tuple[Array, Cache]:
     """Hidden states [B, T, hidden_size] of prompts, before the final norm; arguments as of `prefill`."""
     model = bind(params, config, precision)
-    chunk = _chunk(cache, jnp.zeros_like(lengths), lengths, tokens.shape[1])
+    chunk = _chunk(model, cache, jnp.zeros_like(lengths), lengths, tokens.shape[1])
     x = model.embed_tokens(tokens)
     x, entries = _run_layers(model, x, chunk, cache.entries, _attend_fresh(chunk))
     return x, Cache(entries, lengths, cache.rope)
@@ -112,7 +112,7 @@ def extend_hidden(
 ) -> tuple[Array, Cache]:
     """Hidden states [B, T, hidden_size] of chunks that continue a cache, before the final norm."""
     model = bind(params, config, precision)
-    chunk = _chunk(cache, cache.lengths, lengths, tokens.shape[1])
+    chunk = _chunk(model, cache, cache.lengths, lengths, tokens.shape[1])
 
     def attend(
         mla: MLA, x: Array, norm: Norm, entries: Array, layer: Array, cache_layer: Array
@@ -134,7 +134,7 @@ def decode_hidden(
 ) -> tuple[Array, Cache]:
     """Hidden states [B, Q, hidden_size] of int32 [B, Q] new tokens, before the final norm; as `decode_step`."""
     model = bind(params, config, precision)
-    chunk, lengths = _decode_chunk(cache, tokens.shape[1], live)
+    chunk, lengths = _decode_chunk(model, cache, tokens.shape[1], live)
     x = model.embed_tokens(tokens)
     x, entries = _run_layers(model, x, chunk, cache.entries, _attend_absorbed(chunk))
     return x, Cache(entries, lengths, cache.rope)
@@ -167,7 +167,7 @@ def mtp_prefill_hidden(
         [B, T, hidden_size], after `shared_head.norm` (what the head takes), and the cache.
     """
     model = bind(params, config, precision)
-    chunk = _chunk(cache, jnp.zeros_like(lengths), lengths, next_tokens.shape[1])
+    chunk = _chunk(model, cache, jnp.zeros_like(lengths), lengths, next_tokens.shape[1])
     out, entries = _run_mtp(model, hidden, next_tokens, chunk, cache.entries, _attend_fresh(chunk), module)
     return out, Cache(entries, lengths, cache.rope)
 
@@ -185,7 +185,7 @@ def mtp_decode_hidden(
 ) -> tuple[Array, Cache]:
     """As `mtp_prefill_hidden`, for int32 [B, Q] new positions that continue the module's cache."""
     model = bind(params, config, precision)
-    chunk, lengths = _decode_chunk(cache, next_tokens.shape[1], live)
+    chunk, lengths = _decode_chunk(model, cache, next_tokens.shape[1], live)
     out, entries = _run_mtp(model, hidden, next_tokens, chunk, cache.entries, _attend_absorbed(chunk), module)
     return out, Cache(entries, lengths, cache.rope)
 
@@ -237,20 +237,21 @@ def train_hidden(
     return x, routing
 
 
-def _chunk(cache: Cache, start: Array, lengths: Array, num_tokens: int) -> Chunk:
+def _chunk(model: DeepseekV3, cache: Cache, start: Array, lengths: Array, num_tokens: int) -> Chunk:
     offset = jnp.arange(num_tokens)
     # Padding may stand beyond the capacity; its position is of no consequence.
     position = jnp.minimum(start[:, None] + offset, cache.capacity - 1)
     # Rows that are finished attend too, to no use; what they attend to has to exist.
     attended = jnp.minimum(start + num_tokens, cache.capacity)
-    return Chunk(rope=cache.rope[position], start=start, counts=lengths, lengths=attended)
+    rope = cache.rope[position][..., : model.config.qk_rope_head_dim]
+    return Chunk(rope=rope, start=start, counts=lengths, lengths=attended)
 
 
-def _decode_chunk(cache: Cache, num_tokens: int, live: Array | None) -> tuple[Chunk, Array]:
+def _decode_chunk(model: DeepseekV3, cache: Cache, num_tokens: int, live: Array | None) -> tuple[Chunk, Array]:
     """The chunk of `num_tokens` new tokens a row, and the cache's lengths after it."""
     live = jnp.ones(cache.lengths.shape, bool) if live is None else live
     added = jnp.where(live, num_tokens, 0)
-    return _chunk(cache, cache.lengths, added, num_tokens), cache.lengths + added
+    return _chunk(model, cache, cache.lengths, added, num_tokens), cache.lengths + added
 
 
 def _attend_fresh(chunk: Chunk) -> Attend:

@@ -124,5 +124,5 @@ Routing = tuple[Array, Array]
 
 
 def _take(rows: Array, index: Array) -> Array:
-    """rows[index]; the indices are known to be in bounds, which saves the check of each."""
-    return rows.at[index].get(mode="promise_in_bounds")
+    """rows[index]. Indices known to be in bounds, and unsigned, save the operations that would check each."""
+    return rows.at[index.astype(jnp.uint32)].get(mode="promise_in_bounds")
