@@ -17,7 +17,14 @@ MAX_LENGTH = 4096
 
 
 def mla_prefill_by_head(
-    q_nope: Array, q_rope: Array, k_nope: Array, k_rope: Array, v: Array, scale: float, start: None
+    q_nope: Array,
+    q_rope: Array,
+    k_nope: Array,
+    k_rope: Array,
+    v: Array,
+    scale: float,
+    start: None,
+    segment_ids: None,
 ) -> Array:
     """`mla_prefill` of whole sequences, computed in float32; keys are the queries' own positions."""
     batch, length, heads = q_nope.shape[:3]

@@ -63,6 +63,22 @@ def test_prefill(length: int) -> None:
                 np.testing.assert_allclose(out[row, t, head], expected, atol=TOLERANCE)
 
 
+@pytest.mark.parametrize("lengths", [(3, 4), (1, 150, 170)])
+def test_prefill_of_packed_documents(lengths: tuple[int, ...]) -> None:
+    """The same as of each document by itself."""
+    total = sum(lengths)
+    shapes = [(2, 6), (2, 4), (2, 6), (4,), (2, 5)]
+    arguments = [jnp.asarray(random((1, total, *shape), i)) for i, shape in enumerate(shapes)]
+    segments = jnp.asarray(np.repeat(np.arange(len(lengths)), lengths), jnp.int32)[None]
+    packed = mla_prefill(*arguments, scale=SCALE, segment_ids=segments)
+    first = 0
+    for length in lengths:
+        document = slice(first, first + length)
+        alone = mla_prefill(*(x[:, document] for x in arguments), scale=SCALE)
+        np.testing.assert_allclose(np.asarray(packed[:, document]), np.asarray(alone), atol=TOLERANCE)
+        first += length
+
+
 def test_prefill_gradient() -> None:
     """Blocks of queries against one block: the same derivative."""
     heads, length = 2, 300
