@@ -16,11 +16,12 @@ _BACK_EDGE = re.compile(r"sbr\.rel \(!%([^)\s]+)\) target = \$region(\d+)")
 
 
 def llo_dump_environment(dump_dir: str | Path) -> dict[str, str]:
-    """The variables that make libtpu write its schedules to `dump_dir`, about 10 MB a kernel.
+    """The variables that make libtpu write its final schedules to `dump_dir`, some MB a kernel.
 
     They count if set before libtpu is loaded, hence best for a new process.
     """
     flags = f"--xla_jf_dump_to={Path(dump_dir).resolve()} --xla_jf_dump_llo_text=true"
+    flags += " --xla_jf_dump_llo_pass_label_regex=final_.*"  # all passes would be five times as much
     return {"LIBTPU_INIT_ARGS": f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {flags}".strip()}
 
 
