@@ -40,15 +40,7 @@ def group_rows(ids: Array, valid: Array, num_groups: int, row_tile: int) -> Grou
     num_tokens, top_k = ids.shape
     num_pairs = num_tokens * top_k
     num_visits = max_visits(num_groups, num_pairs, row_tile)
-    shapes = [
-        (1, num_pairs),
-        ids.shape,
-        (1, num_groups),
-        (1, num_groups + 1),
-        (1, num_visits),
-        (1, num_visits),
-        (1, 1),
-    ]
+    shapes = [(num_pairs,), ids.shape, (num_groups,), (num_groups + 1,), (num_visits,), (num_visits,), (1,)]
     vmem = 16 * (num_groups + LANES) * (num_groups + LANES) * 4
     order, position, sizes, starts, visit_group, visit_tile, count = pl.pallas_call(
         functools.partial(_kernel, row_tile=row_tile),
@@ -59,8 +51,7 @@ def group_rows(ids: Array, valid: Array, num_groups: int, row_tile: int) -> Grou
         name="dsv3_group_rows",
         interpret=interpret(),
     )(ids, valid.astype(jnp.int32)[None])
-    visits = Visits(starts[0], visit_group[0], visit_tile[0], count[0])
-    return Grouping(order[0], position, sizes[0], visits)
+    return Grouping(order, position, sizes, Visits(starts, visit_group, visit_tile, count))
 
 
 def _kernel(
@@ -77,7 +68,7 @@ def _kernel(
     row_tile: int,
 ) -> None:
     num_tokens, top_k = _round_up(ids.shape[0]), ids.shape[1]
-    num_groups = sizes.shape[1]
+    num_groups = sizes.shape[0]
     is_valid = _pad(valid[...], (1, num_tokens)).astype(jnp.float32)
     all_ids = _pad(ids[...], (num_tokens, top_k))
     group = _iota((num_tokens, num_groups), 1)
@@ -89,8 +80,8 @@ def _kernel(
     below = _iota((num_groups + SUBLANES, num_groups), 1) < _iota((num_groups + SUBLANES, num_groups), 0)
     row_starts = _product(counts[:SUBLANES], below, NT)
     column_starts = _product(below, counts, NT)
-    sizes[...] = counts[:1].astype(jnp.int32)
-    starts[...] = row_starts[:1, : num_groups + 1].astype(jnp.int32)
+    _store(sizes, counts)
+    _store(starts, row_starts)
 
     columns = _positions(hits, chosen, is_valid, row_starts)
     slot = _iota((num_tokens, top_k), 1)
@@ -119,7 +110,7 @@ def _positions(hits: list[Array], chosen: Array, is_valid: Array, row_starts: Ar
 def _write_order(position: Array, order: Any) -> None:
     """The inverse permutation, as products of one-hot matrices: of a sorted row over 128, and modulo 128."""
     num_tokens, top_k = position.shape
-    lines = -(-order.shape[1] // LANES)
+    lines = -(-order.shape[0] // LANES)
     high, low = position // LANES, position % LANES
     square = (_round_up(top_k), top_k)
     high = _product(_iota(square, 0) == _iota(square, 1), high, NT).astype(jnp.int32)
@@ -132,8 +123,7 @@ def _write_order(position: Array, order: Any) -> None:
         pairs += _product(left, low[:, k : k + 1] == _iota((num_tokens, LANES), 1), NN)
     rows = (pairs[: shape[0]] * top_k + pairs[shape[0] :]).astype(jnp.int32)
     for line in range(lines):
-        lanes = slice(line * LANES, min((line + 1) * LANES, order.shape[1]))
-        order[:, lanes] = rows[line : line + 1, : lanes.stop - lanes.start]
+        _store(order, rows[line : line + 1], line * LANES)
 
 
 def _write_visits(
@@ -151,17 +141,22 @@ def _write_visits(
     tiles = jnp.where(end > first, _floor_divide(end - 1, row_tile) - first_tile + 1, 0)
     begin = _product(below, tiles, NN)
     total = jnp.sum(tiles, axis=0, keepdims=True)
-    num_visits[...] = total[:, :1].astype(jnp.int32)
+    _store(num_visits, total)
     group = _iota(begin.shape, 0).astype(jnp.float32)
-    for start in range(0, visit_group.shape[1], LANES):
-        lanes = slice(start, min(start + LANES, visit_group.shape[1]))
+    for start in range(0, visit_group.shape[0], LANES):
         visit = _iota((1, LANES), 1).astype(jnp.float32) + start
         visit = jnp.maximum(jnp.minimum(visit, total - 1), 0)
         here = (begin <= visit) & (visit < begin + tiles)
         owner = jnp.sum(jnp.where(here, group, 0), axis=0, keepdims=True)
         tile = jnp.sum(jnp.where(here, first_tile - begin, 0), axis=0, keepdims=True) + visit
-        visit_group[:, lanes] = owner[:, : lanes.stop - lanes.start].astype(jnp.int32)
-        visit_tile[:, lanes] = tile[:, : lanes.stop - lanes.start].astype(jnp.int32)
+        _store(visit_group, owner, start)
+        _store(visit_tile, tile, start)
+
+
+def _store(out: Any, row: Array, start: int = 0) -> None:
+    """The first row of [rows, columns], as far as it goes, into a vector from `start` on."""
+    size = min(out.shape[0] - start, row.shape[1])
+    out[start : start + size] = row[0, :size].astype(jnp.int32)
 
 
 def _pad(values: Array, shape: tuple[int, ...]) -> Array:

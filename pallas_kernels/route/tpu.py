@@ -11,15 +11,17 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.chip import compiler_params, interpret
-from pallas_kernels.normalize import Norm, normalize
+from pallas_kernels.normalize import Norm
 from pallas_kernels.route.rule import Routed, Rule
 from pallas_kernels.route.tpu_choose import choose_columns
 from pallas_kernels.stack import float_values, layer_index, stacked
 
 LANES = 128
-SUBLANES = 8
 NORM_ROWS = 16
 """Rows normalised at once; of as many as 128 the compiler would keep all intermediate values in VMEM."""
+
+LAYER_TILE = 8
+"""Layers of a norm or bias that are read with the one in use: a stack with rows of its own would first be copied."""
 
 NT = (((1,), (1,)), ((), ()))
 
@@ -54,7 +56,7 @@ def choose_blocks(num_rows: int, num_experts: int, hidden_size: int, bytes_an_el
     rows = min(num_rows, LANES)
     if num_rows > rows:
         return Blocks(rows, hidden_size)
-    limit = (1 << 19) // (num_experts * bytes_an_element)
+    limit = (3 << 18) // (num_experts * bytes_an_element)
     parts = [d for d in range(LANES, hidden_size, LANES) if hidden_size % d == 0 and d <= max(limit, LANES)]
     return Blocks(rows, max(parts, default=hidden_size))
 
@@ -69,27 +71,32 @@ def route(
     blocks = choose_blocks(num_rows, num_experts, hidden_size, values.dtype.itemsize)
     rows, steps = blocks.rows, hidden_size // blocks.depth
 
-    def of_layer(width: int) -> pl.BlockSpec:
-        return pl.BlockSpec((1, 1, width), lambda m, h, index: (index[0], 0, 0))
-
     def of_rows(width: int) -> pl.BlockSpec:
         return pl.BlockSpec((rows, width), lambda m, h, _: (m, 0))
 
+    layers = min(LAYER_TILE, values.shape[0])
     operands = [x, values]
     specs = [
         of_rows(hidden_size),
         pl.BlockSpec((1, num_experts, blocks.depth), lambda m, h, index: (index[0], 0, h)),
     ]
     if norm is not None:
-        operands.append(stacked(float_values(norm.weight), layer, 2)[:, None])
-        specs.append(of_layer(hidden_size))
+        operands.append(stacked(float_values(norm.weight), layer, 2))
+        specs.append(pl.BlockSpec((layers, blocks.depth), lambda m, h, index: (index[0] // layers, h)))
     if bias is not None:
-        operands.append(stacked(bias, layer, 2)[:, None])
-        specs.append(of_layer(num_experts))
+        operands.append(stacked(bias, layer, 2))
+        specs.append(pl.BlockSpec((layers, num_experts), lambda m, h, index: (index[0] // layers, 0)))
     widths = [(rule.top_k, jnp.int32), (rule.top_k, jnp.float32), (num_experts, jnp.float32)]
+    out_specs = [of_rows(width) for width, _ in widths]
+    scratch = [
+        pltpu.VMEM((rows, num_experts), jnp.float32),
+        *[pltpu.VMEM((LANES, num_experts), jnp.float32)] * 2,
+    ]
     if norm is not None:
         widths.append((hidden_size, x.dtype))
-    vmem = 2 * (1 + (norm is not None)) * rows * hidden_size * x.dtype.itemsize
+        out_specs.append(pl.BlockSpec((rows, blocks.depth), lambda m, h, _: (m, h)))
+        scratch.append(pltpu.VMEM((rows, LANES), jnp.float32))
+    vmem = 2 * rows * (hidden_size + blocks.depth) * x.dtype.itemsize
     vmem += 2 * num_experts * blocks.depth * values.dtype.itemsize + 8 * num_experts * LANES * 4
     kernel = functools.partial(
         _kernel, rule=rule, eps=None if norm is None else norm.eps, has_bias=bias is not None, steps=steps
@@ -100,8 +107,8 @@ def route(
             num_scalar_prefetch=1,
             grid=(-(-num_rows // rows), steps),
             in_specs=specs,
-            out_specs=[of_rows(width) for width, _ in widths],
-            scratch_shapes=[pltpu.VMEM((num_experts, rows), jnp.float32)],
+            out_specs=out_specs,
+            scratch_shapes=scratch,
         ),
         out_shape=[jax.ShapeDtypeStruct((num_rows, width), dtype) for width, dtype in widths],
         compiler_params=compiler_params(("parallel", "arbitrary"), vmem),
@@ -118,17 +125,21 @@ def _kernel(
     remaining = list(refs)
     norm_weight = remaining.pop(0) if eps is not None else None
     bias = remaining.pop(0) if has_bias else None
-    ids, weights, scores, *normed, logits = remaining
+    ids, weights, scores = remaining[:3]
     step, depth = pl.program_id(1), weight.shape[-1]
-    if norm_weight is not None and eps is not None:
+    columns = slice(None) if steps == 1 else pl.ds(pl.multiple_of(step * depth, LANES), depth)
+    if norm_weight is None or eps is None:
+        logits, choice, scored = remaining[3:]
+        part = _dot(x[:, columns], weight[0])
+    else:
+        normed, logits, choice, scored, inverse = remaining[3:]
 
         @pl.when(step == 0)
         def _() -> None:
-            _normalize_rows(x, norm_weight[0], eps, normed[0])
+            _root_mean_squares(x, eps, inverse)
 
-        x = normed[0]
-    columns = slice(None) if steps == 1 else pl.ds(pl.multiple_of(step * depth, LANES), depth)
-    part = _dot(weight[0], x[:, columns])
+        _normalize(x, columns, inverse, _of_layer(norm_weight, layer), normed)
+        part = _dot(normed[...], weight[0])
 
     @pl.when(step == 0)
     def _() -> None:
@@ -140,22 +151,46 @@ def _kernel(
 
     @pl.when(step == steps - 1)
     def _() -> None:
-        scored = _score(logits[...], rule)
-        choice = scored
-        if bias is not None:
-            column = jnp.broadcast_to(bias[0], (LANES, bias.shape[-1])).T
-            choice = scored + column[:, : scored.shape[1]]
-        chosen, combined = choose_columns(choice, scored, rule)
-        scores[...] = scored.T
-        ids[...] = chosen.T
-        weights[...] = combined.T
+        scores[...] = _score(logits[...], rule)
+        # Experts go along sublanes in columns of 128 tokens; those of no token hold anything and touch no other.
+        tokens = slice(0, x.shape[0])
+        scored[tokens] = scores[...]
+        choice[tokens] = scores[...] if bias is None else scores[...] + _of_layer(bias, layer)
+        chosen, combined = choose_columns(choice[...].T, scored[...].T, rule)
+        ids[...] = chosen.T[tokens]
+        weights[...] = combined.T[tokens]
 
 
-def _normalize_rows(x: Any, weight: Array, eps: float, out: Any) -> None:
+def _of_layer(stack: Any, layer: Any) -> Array:
+    """float32 [1, width], the row in use of a block of layers."""
+    rows = stack[...].astype(jnp.float32)
+    is_it = lax.broadcasted_iota(jnp.int32, rows.shape, 0) == layer[0] % rows.shape[0]
+    return jnp.sum(jnp.where(is_it, rows, 0), axis=0, keepdims=True)
+
+
+def _root_mean_squares(x: Any, eps: float, inverse: Any) -> None:
+    """1 / sqrt(mean(x^2) + eps) of every row, in all lanes."""
+
     def some(rows: Any) -> None:
-        out[rows, :] = normalize(x[rows, :], weight.astype(jnp.float32), eps)
+        wide = x[rows, :].astype(jnp.float32)
+        root = lax.rsqrt(jnp.mean(wide * wide, axis=1, keepdims=True) + eps)
+        inverse[rows, :] = jnp.broadcast_to(root, (wide.shape[0], LANES))
 
-    whole, rest = divmod(x.shape[0], NORM_ROWS)
+    _for_rows(x.shape[0], some)
+
+
+def _normalize(x: Any, columns: Any, inverse: Any, weight: Array, out: Any) -> None:
+    """Some columns of what `pallas_kernels.normalize` defines."""
+
+    def some(rows: Any) -> None:
+        normalised = (x[rows, columns].astype(jnp.float32) * inverse[rows, :1]).astype(out.dtype)
+        out[rows, :] = weight.astype(out.dtype) * normalised
+
+    _for_rows(x.shape[0], some)
+
+
+def _for_rows(num_rows: int, some: Any) -> None:
+    whole, rest = divmod(num_rows, NORM_ROWS)
 
     def step(i: Array, carry: int) -> int:
         some(pl.ds(pl.multiple_of(i * NORM_ROWS, NORM_ROWS), NORM_ROWS))
@@ -166,20 +201,17 @@ def _normalize_rows(x: Any, weight: Array, eps: float, out: Any) -> None:
         some(pl.ds(whole * NORM_ROWS, rest))
 
 
-def _dot(weight: Array, x: Array) -> Array:
-    """float32 weight @ x.T; float32 factors are not rounded to bfloat16."""
-    if x.shape[0] == 1:
-        # The compiler has no product of a bfloat16 matrix with a single row.
-        return _dot(weight, jnp.broadcast_to(x, (SUBLANES, x.shape[1])))[:, :1]
+def _dot(x: Array, weight: Array) -> Array:
+    """float32 x @ weight.T; float32 factors are not rounded to bfloat16."""
     if weight.dtype == x.dtype == jnp.bfloat16:
-        return lax.dot_general(weight, x, NT, preferred_element_type=jnp.float32)
-    wide = (weight.astype(jnp.float32), x.astype(jnp.float32))
-    return lax.dot_general(*wide, NT, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+        return lax.dot_general(x, weight, NT, preferred_element_type=jnp.float32)
+    x, weight = x.astype(jnp.float32), weight.astype(jnp.float32)
+    return lax.dot_general(x, weight, NT, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
 
 
 def _score(logits: Array, rule: Rule) -> Array:
-    """Scores of float32 [E, M] logits."""
+    """Scores of float32 [M, E] logits."""
     if rule.scoring == "sigmoid":
         return jax.nn.sigmoid(logits)
-    shifted = jnp.exp(logits - jnp.max(logits, axis=0, keepdims=True))
-    return shifted / jnp.sum(shifted, axis=0, keepdims=True)
+    shifted = jnp.exp(logits - jnp.max(logits, axis=1, keepdims=True))
+    return shifted / jnp.sum(shifted, axis=1, keepdims=True)

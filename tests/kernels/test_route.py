@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pallas_kernels.normalize import Norm
 from pallas_kernels.route import Routed, route
 
 RTOL = 2e-6  # float32 sums in any order, the logits' above all
@@ -75,8 +76,8 @@ def test_definition(implementation, m, n_group, size, h, base, normed, data) -> 
     rule = {**base, "n_group": n_group, "topk_group": topk_group, "top_k": top_k}
     t = tensors(m, n_group * size, h)
     bias = t["bias"] if base is V3 else None
-    norm = {"norm_weight": t["norm_weight"], "norm_eps": EPS} if normed else {}
-    got = route(t["x"], t["weight"], bias, layer=1, **rule, **norm, implementation=implementation)
+    norm = Norm(t["norm_weight"], EPS) if normed else None
+    got = route(t["x"], t["weight"], bias, layer=1, **rule, norm=norm, implementation=implementation)
     rows = t["x"]
     if normed:
         rows = rows / np.sqrt((rows.astype(np.float64) ** 2).mean(-1, keepdims=True) + EPS)
@@ -122,9 +123,9 @@ def test_norm_rounds_as_the_reference_does() -> None:
     rule = {**V3, "n_group": 1, "topk_group": 1, "top_k": 6}
     t = tensors(37, 64, 256)
     x, weight = jnp.asarray(t["x"], jnp.bfloat16), jnp.asarray(t["weight"], jnp.bfloat16)
-    norm_weight = jnp.asarray(t["norm_weight"], jnp.bfloat16)
+    norm = Norm(jnp.asarray(t["norm_weight"], jnp.bfloat16), EPS)
     got, expected = (
-        route(x, weight, t["bias"], layer=1, **rule, norm_weight=norm_weight, implementation=i)
+        route(x, weight, t["bias"], layer=1, **rule, norm=norm, implementation=i)
         for i in ("pallas", "reference")
     )
     assert got.normed.dtype == jnp.bfloat16
