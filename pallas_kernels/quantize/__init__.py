@@ -6,7 +6,8 @@ from jax import Array
 
 from pallas_kernels.block_scaled import BlockScaled
 from pallas_kernels.implementation import choose
-from pallas_kernels.quantize import reference
+from pallas_kernels.quantize import reference, tpu, tpu_weight
+from pallas_kernels.quantize.plan import unsupported
 
 ScaleFormat = Literal["ue8m0"] | None
 
@@ -16,26 +17,58 @@ __all__ = [
     "dequantize_weight",
     "quantize_activations",
     "quantize_weight",
+    "swiglu_quantize",
 ]
 
 
 def quantize_activations(
-    x: Array, *, scale_fmt: ScaleFormat = None, implementation: str | None = None
+    x: Array,
+    *,
+    scale_fmt: ScaleFormat = None,
+    norm_weight: Array | None = None,
+    norm_layer: Array | int | None = None,
+    norm_eps: float = 1e-6,
+    implementation: str | None = None,
 ) -> tuple[Array, Array]:
     """Quantises every row in blocks of 128 consecutive channels (`act_quant` of the release's kernel.py).
 
     The scale of a block is max(max|x|, 1e-4) / 448, rounded up to a power of two for "ue8m0"; values are rounded to
-    nearest even. A short last block is treated alone.
+    nearest even. A short last block is treated alone. With `norm_weight` x passes an RMSNorm first.
+
+    A compiled TPU kernel divides by multiplying with a reciprocal: float32 scales may be an ulp off the definition, and
+    a value whose quotient lies within two ulps of the middle between two FP8 values may take the other one.
 
     Args:
         x: [..., K], any float type.
+        scale_fmt: None for float32 scales, "ue8m0" for powers of two.
+        norm_weight: [L, K] with `norm_layer`, [K] without.
+        norm_layer: index into the stack of norm weights, a scalar, possibly traced.
+        norm_eps: of the RMSNorm: its statistics are float32, its result is rounded to x's dtype before the weight
+            multiplies.
+
+    Returns:
+        float8_e4m3fn [..., K] and float32 [..., ceil(K / 128)].
+    """
+    implementations = {"reference": reference.quantize_activations, "pallas": tpu.quantize_activations}
+    function = choose("quantize_activations", implementation, implementations, unsupported(x))
+    return function(x, scale_fmt, norm_weight, norm_layer, norm_eps)
+
+
+def swiglu_quantize(
+    gate: Array, up: Array, *, scale_fmt: ScaleFormat = None, implementation: str | None = None
+) -> tuple[Array, Array]:
+    """`quantize_activations` of silu(gate) * up, which is taken in float32 and rounded to the type of the inputs.
+
+    Args:
+        gate, up: [..., K] of one float type.
         scale_fmt: None for float32 scales, "ue8m0" for powers of two.
 
     Returns:
         float8_e4m3fn [..., K] and float32 [..., ceil(K / 128)].
     """
-    function = choose("quantize_activations", implementation, {"reference": reference.quantize_activations})
-    return function(x, scale_fmt)
+    implementations = {"reference": reference.swiglu_quantize, "pallas": tpu.swiglu_quantize}
+    function = choose("swiglu_quantize", implementation, implementations, unsupported(gate))
+    return function(gate, up, scale_fmt)
 
 
 def dequantize_activations(values: Array, scales: Array) -> Array:
@@ -52,7 +85,8 @@ def quantize_weight(
         weight: [..., N, K], any float type.
         scale_fmt: None for float32 scales, "ue8m0" for powers of two.
     """
-    function = choose("quantize_weight", implementation, {"reference": reference.quantize_weight})
+    implementations = {"reference": reference.quantize_weight, "pallas": tpu_weight.quantize_weight}
+    function = choose("quantize_weight", implementation, implementations, unsupported(weight))
     return function(weight, scale_fmt)
 
 

@@ -1,18 +1,33 @@
 """Definition of block quantisation to FP8 e4m3, in plain `jax.numpy`."""
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels.block_scaled import BLOCK, BlockScaled, num_blocks
 from pallas_kernels.decode import expand_scales, float8_to_float32
+from pallas_kernels.normalize import Norm, rms_norm
 from pallas_kernels.quantize.rounding import float8_scales, round_to_float8
 
 
-def quantize_activations(x: Array, scale_fmt: str | None) -> tuple[Array, Array]:
+def quantize_activations(
+    x: Array,
+    scale_fmt: str | None,
+    norm_weight: Array | None = None,
+    norm_layer: Array | int | None = None,
+    norm_eps: float = 1e-6,
+) -> tuple[Array, Array]:
+    if norm_weight is not None:
+        x = rms_norm(x, Norm(norm_weight, norm_eps), norm_layer)
     blocks = _pad_to_blocks(x.astype(jnp.float32), (-1,))
     scales = float8_scales(jnp.max(jnp.abs(blocks), axis=-1), scale_fmt)
     values = round_to_float8(blocks, scales[..., None])
     return values.reshape(*x.shape[:-1], -1)[..., : x.shape[-1]], scales
+
+
+def swiglu_quantize(gate: Array, up: Array, scale_fmt: str | None) -> tuple[Array, Array]:
+    hidden = jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)
+    return quantize_activations(hidden.astype(gate.dtype), scale_fmt)
 
 
 def dequantize_activations(values: Array, scales: Array) -> Array:
