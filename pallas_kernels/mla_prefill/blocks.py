@@ -95,9 +95,9 @@ def key_chunks(start: Array, segments: Array | None, queries: int, keys: int, si
 
 
 def query_chunks(start: Array, segments: Array | None, queries: int, keys: int, sizes: Sizes) -> Array:
-    """Chunks of queries that see each block of keys: int32 [4 * B * blocks], in order first, full, rest, last.
+    """Chunks of queries that see each block of keys: int32 [3 * B * blocks], in order first, full, last.
 
-    Between `full` and `rest` all queries see all of the block's keys.
+    From `full` on all queries see all of the block's keys, but the last chunk may hold rows that are no queries.
     """
     block = jnp.arange(pl.cdiv(keys, sizes.held))
     begin = block * sizes.held - start[:, None]
@@ -109,9 +109,7 @@ def query_chunks(start: Array, segments: Array | None, queries: int, keys: int, 
         met = jnp.pad(met, ((0, 0), (0, block.size - met.shape[1]), (0, 0)))
         last = jnp.where(met.any(-1), met.shape[-1] - jnp.argmax(met[..., ::-1], axis=-1), 0)
         first, full = jnp.minimum(first, last), last
-    whole = jnp.minimum(last, queries // sizes.chunk)
-    full = jnp.clip(full, first, jnp.maximum(first, whole))
-    return jnp.stack([first, full, jnp.maximum(full, whole), last]).astype(jnp.int32).reshape(-1)
+    return jnp.stack([first, jnp.clip(full, first, last), last]).astype(jnp.int32).reshape(-1)
 
 
 def _meet(segments: Array, rows: int, columns: int) -> Array:

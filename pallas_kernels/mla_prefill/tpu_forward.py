@@ -114,8 +114,11 @@ def _kernel(
         for unit in units(attention, sizes):
             _score(refs, attention, unit, step.rows(step.first))
         body = functools.partial(_chunk, refs, attention, sizes, step)
-        lax.fori_loop(step.first, step.full, functools.partial(body, False), None)
-        lax.fori_loop(step.full, step.last, functools.partial(body, True), None)
+        final = step.last - 1
+        full = jnp.minimum(step.full, final)
+        lax.fori_loop(step.first, full, functools.partial(body, False, True), None)
+        lax.fori_loop(full, final, functools.partial(body, True, True), None)
+        body(True, False, final, None)
 
     @pl.when(pl.program_id(3) == pl.num_programs(3) - 1)
     def _() -> None:
@@ -128,10 +131,10 @@ def _kernel(
 
 
 def _chunk(
-    refs: _Refs, attention: Attention, sizes: Sizes, step: Step, masked: bool, chunk: Any, _: None
+    refs: _Refs, attention: Attention, sizes: Sizes, step: Step, masked: bool, more: bool, chunk: Any, _: None
 ) -> None:
-    """Softmax and values of one chunk of keys, whose scores are there, and the scores of the next."""
-    rows, following = step.rows(chunk), step.rows(jnp.minimum(chunk + 1, step.last - 1))
+    """Softmax and values of one chunk of keys, whose scores are there, and the scores of the next if there are more."""
+    rows = step.rows(chunk)
     values = [refs.v[rows, tiles.columns(head, attention.value)].T for head in range(attention.group)]
     if masked:
         values = [tiles.zero_beyond(x, step.valid(chunk)) for x in values]
@@ -139,7 +142,8 @@ def _chunk(
     late: tuple[Any, ...] = ()
     for unit in units(attention, sizes):
         decay = _soften(refs, attention, unit, sizes, mask)
-        _score(refs, attention, unit, following)
+        if more:
+            _score(refs, attention, unit, step.rows(chunk + 1))
         # The products with the values come one unit late, when the weights are long there.
         if late:
             _add_values(refs, values, *late)

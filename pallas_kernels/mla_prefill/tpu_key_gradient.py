@@ -123,7 +123,7 @@ def _specs(
 
     def fetched(ranges: Any, j: Any, b: Any, i: Any) -> Any:
         at = b * blocks + _held_block(j, blocks)
-        return fetched_block(i, ranges[at], ranges[3 * batch * blocks + at], chunks)
+        return fetched_block(i, ranges[at], ranges[2 * batch * blocks + at], chunks)
 
     def query(width: int) -> pl.BlockSpec:
         shape = (None, sizes.fetched, group * width)
@@ -153,11 +153,10 @@ def _specs(
 
 
 class _Step(NamedTuple):
-    """A grid step: its block of keys, and its chunks of queries, of which full ... rest - 1 need no mask."""
+    """A grid step: its block of keys, and its chunks of queries, first ... last - 1; see `query_chunks`."""
 
     first: Array
     full: Array
-    rest: Array
     last: Array
     offset: Array
     """Position of query 0 less that of the first key."""
@@ -178,7 +177,7 @@ class _Step(NamedTuple):
             return jnp.clip(ranges[kind * rows + at], base, base + chunks)
 
         offset = start[b] - block * sizes.held
-        return cls(bound(0), bound(1), bound(2), bound(3), offset, base, queries, sizes.chunk)
+        return cls(bound(0), bound(1), bound(2), offset, base, queries, sizes.chunk)
 
     def rows(self, chunk: Any) -> Any:
         """Rows of a chunk in the fetched block."""
@@ -214,10 +213,11 @@ def _kernel(
         for unit in units(attention, sizes):
             _multiply(refs, attention, unit, step.rows(step.first))
         body = functools.partial(_chunk, refs, attention, sizes, step)
-        lax.fori_loop(step.first, step.full, functools.partial(body, True), None)
-        lax.fori_loop(step.full, step.rest, functools.partial(body, False), None)
-        if queries % sizes.chunk:
-            lax.fori_loop(step.rest, step.last, functools.partial(body, True), None)
+        final = step.last - 1
+        full = jnp.minimum(step.full, final)
+        lax.fori_loop(step.first, full, functools.partial(body, True, True), None)
+        lax.fori_loop(full, final, functools.partial(body, False, True), None)
+        body(True, False, final, None)
 
     @pl.when(ending)
     def _() -> None:
@@ -233,10 +233,17 @@ def _kernel(
 
 
 def _chunk(
-    refs: _Refs, attention: Attention, sizes: Sizes, step: _Step, masked: bool, chunk: Any, _: None
+    refs: _Refs,
+    attention: Attention,
+    sizes: Sizes,
+    step: _Step,
+    masked: bool,
+    more: bool,
+    chunk: Any,
+    _: None,
 ) -> None:
-    """Derivatives by one chunk of queries, whose scores are there, and the scores of the next."""
-    rows, following = step.rows(chunk), step.rows(jnp.minimum(chunk + 1, step.last - 1))
+    """Derivatives by one chunk of queries, whose scores are there, and the scores of the next if there are more."""
+    rows = step.rows(chunk)
     rope = refs.q_rope[rows].T
     queries, cotangents, statistics = [], [], []
     for head in range(attention.group):
@@ -252,7 +259,8 @@ def _chunk(
     late = None
     for unit in units(attention, sizes):
         _differentiate(refs, attention, unit, sizes, statistics[unit[0]], mask)
-        _multiply(refs, attention, unit, following)
+        if more:
+            _multiply(refs, attention, unit, step.rows(chunk + 1))
         if late:
             _add(refs, attention, queries, cotangents, late)
         late = unit

@@ -121,8 +121,11 @@ def _kernel(
         for unit in units(attention, sizes):
             _multiply(refs, attention, unit, step.rows(step.first))
         body = functools.partial(_chunk, refs, attention, sizes, step)
-        lax.fori_loop(step.first, step.full, functools.partial(body, False), None)
-        lax.fori_loop(step.full, step.last, functools.partial(body, True), None)
+        final = step.last - 1
+        full = jnp.minimum(step.full, final)
+        lax.fori_loop(step.first, full, functools.partial(body, False, True), None)
+        lax.fori_loop(full, final, functools.partial(body, True, True), None)
+        body(True, False, final, None)
 
     @pl.when(pl.program_id(3) == pl.num_programs(3) - 1)
     def _() -> None:
@@ -145,10 +148,10 @@ def _begin(refs: _Refs, attention: Attention) -> None:
 
 
 def _chunk(
-    refs: _Refs, attention: Attention, sizes: Sizes, step: Step, masked: bool, chunk: Any, _: None
+    refs: _Refs, attention: Attention, sizes: Sizes, step: Step, masked: bool, more: bool, chunk: Any, _: None
 ) -> None:
-    """Derivatives by one chunk of keys, whose scores are there, and the scores of the next."""
-    rows, following = step.rows(chunk), step.rows(jnp.minimum(chunk + 1, step.last - 1))
+    """Derivatives by one chunk of keys, whose scores are there, and the scores of the next if there are more."""
+    rows = step.rows(chunk)
     rope = refs.k_rope[rows].T
     keys = [
         jnp.concatenate([refs.k_nope[rows, tiles.columns(head, attention.nope)].T, rope])
@@ -160,7 +163,8 @@ def _chunk(
     late = None
     for unit in units(attention, sizes):
         _differentiate(refs, attention, unit, sizes, mask)
-        _multiply(refs, attention, unit, following)
+        if more:
+            _multiply(refs, attention, unit, step.rows(chunk + 1))
         if late:
             _add(refs, keys, late)
         late = unit
