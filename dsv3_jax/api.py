@@ -16,7 +16,7 @@ from dsv3_jax.generate.complete import TextCompletion, complete
 from dsv3_jax.generate.loop import Engine
 from dsv3_jax.generate.sampling import SamplingParams
 from dsv3_jax.generate.tokenizer import Tokenizer, eos_token_ids, load_tokenizer
-from dsv3_jax.precision import ActivationFormat, ComputeType, Precision
+from dsv3_jax.precision import ActivationFormat, ComputeType, Implementation, Precision
 
 StoredFormat = Literal["stored", "float32", "bfloat16", "float8"]
 
@@ -31,8 +31,8 @@ class Model:
         precision: its number formats.
         tokenizer: None where the checkpoint has none.
         eos_token_ids: ids that end a text.
-        engine: continues token ids; on a CPU, `engine.params` has the same weights in the form that is fast there
-            (`pallas_kernels.decode.bit_patterns`), in the same memory.
+        engine: continues token ids; `engine.params` has the same weights in the form that is fast on the platform
+            (`dsv3_jax.model.layout`), in the same memory.
     """
 
     config: ModelConfig
@@ -112,6 +112,7 @@ def load(
     weights: StoredFormat = "stored",
     activations: ActivationFormat = "none",
     dtype: ComputeType | None = None,
+    implementation: Implementation | None = None,
     mtp: bool = False,
     with_tokenizer: bool = True,
     shardings: Mapping[str, Any] | None = None,
@@ -123,6 +124,7 @@ def load(
         weights: "stored" keeps the checkpoint's own format (FP8 stays FP8); the others convert while reading.
         activations: "float8" quantises the linears' inputs too (W8A8).
         dtype: of the activations; float32 on a CPU and bfloat16 elsewhere if None.
+        implementation: "pallas" or "reference" runs all operations so (see `Precision`); the platform's own if None.
         mtp: read the multi-token prediction modules too.
         with_tokenizer: read the tokenizer; without it, prompts are token ids.
         shardings: nested dict of `jax.sharding.Sharding`s, such as `sharding.tree_shardings` makes for
@@ -139,6 +141,7 @@ def load(
         weights=stored_format(checkpoint) if weights == "stored" else weights,
         activations=activations,
         dtype=dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"),
+        implementation=implementation,
     )
     params = load_params(checkpoint, weights, mtp=mtp, shardings=shardings)
     engine = Engine(params, config, precision, tokenizer.vocab_size if tokenizer else None)

@@ -9,7 +9,7 @@ import numpy as np
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.errors import InputError
-from dsv3_jax.generate.loop import bucket
+from dsv3_jax.generate.loop import cache_capacity
 from dsv3_jax.model.cache import init_cache
 from dsv3_jax.model.functional import (
     bind,
@@ -110,7 +110,7 @@ def _main_hidden(model: "Model", tokens: np.ndarray, lengths: np.ndarray, mode: 
     tokens = _checked(tokens, lengths, model.config)
     static = {"config": model.config, "precision": model.precision}
     batch, length = tokens.shape
-    capacity = min(bucket(length), model.config.max_position_embeddings)
+    capacity = cache_capacity(length, model.config)
     cache = init_cache(model.config, batch, max(capacity, length), model.precision.dtype)
     if mode == "prefill":
         padded = np.pad(tokens, ((0, 0), (0, cache.capacity - length)))

@@ -95,7 +95,13 @@ def prepare(args: argparse.Namespace, prompts: Sequence[Prompt]) -> Job:
 def load_model(args: argparse.Namespace, job: Job) -> Model:
     """Reads the weights in the format that the arguments ask for."""
     enable_compilation_cache(args)
-    return load(job.folder, weights=args.weights, activations=args.activations, dtype=args.dtype)
+    return load(
+        job.folder,
+        weights=args.weights,
+        activations=args.activations,
+        dtype=args.dtype,
+        implementation=args.implementation,
+    )
 
 
 def continue_prompts(args: argparse.Namespace, job: Job, prompts: Sequence[Prompt]) -> None:

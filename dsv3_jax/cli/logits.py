@@ -38,7 +38,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 
 def add_precision_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds --weights, --activations and --dtype, whose values `dsv3_jax.load` takes."""
+    """Adds --weights, --activations, --dtype and --implementation, whose values `dsv3_jax.load` takes."""
     parser.add_argument(
         "--weights",
         choices=("stored", "float32", "bfloat16", "float8"),
@@ -55,6 +55,11 @@ def add_precision_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         choices=("float32", "bfloat16"),
         help="type of the activations (default: float32 on a CPU, bfloat16 elsewhere)",
+    )
+    parser.add_argument(
+        "--implementation",
+        choices=("reference", "pallas"),
+        help="plain XLA or Pallas kernels for all operations (default: the platform's own)",
     )
 
 
@@ -76,6 +81,7 @@ def run(args: argparse.Namespace) -> int:
         weights=args.weights,
         activations=args.activations,
         dtype=args.dtype,
+        implementation=args.implementation,
         mtp=is_mtp,
         with_tokenizer=False,
     )

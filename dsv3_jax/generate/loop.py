@@ -16,8 +16,8 @@ from dsv3_jax.errors import InputError
 from dsv3_jax.generate.sampling import Method, SamplingParams, count_occurrences, row_keys, sample
 from dsv3_jax.model.cache import Cache, grow, init_cache
 from dsv3_jax.model.functional import Params, decode_step, extend, prefill
+from dsv3_jax.model.layout import for_reading
 from dsv3_jax.precision import Precision
-from pallas_kernels.decode import bit_patterns
 
 BUFFER_TOKENS = 64
 """Tokens a row that one call of the decode loop makes at most, between two looks at ^C and stop strings."""
@@ -83,6 +83,11 @@ def bucket(length: int) -> int:
     return size
 
 
+def cache_capacity(length: int, config: ModelConfig) -> int:
+    """Tokens a row of a cache for `length`: a bucket, and a multiple of the 128 that the kernels take at a time."""
+    return min(-(-bucket(length) // 128) * 128, config.max_position_embeddings)
+
+
 class Engine:
     """Continues batches of token ids with one model.
 
@@ -94,8 +99,7 @@ class Engine:
     def __init__(
         self, params: Params, config: ModelConfig, precision: Precision, num_tokens: int | None = None
     ):
-        # Not a copy: see bit_patterns.
-        self.params = bit_patterns(params) if jax.default_backend() == "cpu" else params
+        self.params = for_reading(params, precision)
         self.config = config
         self.precision = precision
         self.num_tokens = min(num_tokens or config.vocab_size, config.vocab_size)
@@ -231,7 +235,7 @@ class Engine:
         self, prompts: Sequence[Sequence[int]], length: int, conversation: Conversation | None
     ) -> tuple[Cache, int]:
         """A cache with room for `length` tokens a row, and how many tokens of the prompts are in it already."""
-        capacity = min(bucket(length), self.config.max_position_embeddings)
+        capacity = cache_capacity(length, self.config)
         if conversation is not None:
             # The last token is read again: its logits are not in the cache.
             pairs = zip(conversation.tokens, prompts[0][:-1], strict=False)

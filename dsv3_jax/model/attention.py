@@ -167,12 +167,10 @@ class MLA(nnx.Module):
         self, x: Array, norm: Norm, chunk: Chunk, entries: Array, layer: Layer, cache_layer: Array | int
     ) -> Array:
         """The cache with the chunk in it; padding is not written."""
-        latent_norm = self.kv_a_layernorm.parameters()
         written = write_entries(
             entries,
             self.kv_a_proj_with_mqa(x, layer, norm=norm),
-            norm_weight=latent_norm.weight,
-            norm_eps=latent_norm.eps,
+            norm=self.kv_a_layernorm.parameters(),
             norm_layer=layer,
             rope=chunk.rope,
             start=chunk.start,

@@ -19,10 +19,10 @@ def group_rows(
         valid: bool [M].
         num_groups: static.
         row_tile: rows of a tile of the grouped matmul that will walk along `Grouping.visits`; static.
-        implementation: None, "reference" or "pallas".
+        implementation: None, "reference" or "pallas"; more pairs than a decode step has are sorted by XLA in any case.
     """
-    implementations = {"reference": reference.group_rows, "pallas": tpu.group_rows}
-    function = choose("group_rows", implementation, implementations, tpu.unsupported(ids, num_groups))
+    kernel = reference.group_rows if tpu.unsupported(ids, num_groups) else tpu.group_rows
+    function = choose("group_rows", implementation, {"reference": reference.group_rows, "pallas": kernel})
     return function(ids, valid, num_groups, row_tile)
 
 

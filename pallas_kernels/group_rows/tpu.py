@@ -83,28 +83,35 @@ def _kernel(
     _store(sizes, counts)
     _store(starts, row_starts)
 
-    columns = _positions(hits, chosen, is_valid, row_starts)
-    slot = _iota((num_tokens, top_k), 1)
-    pairs = jnp.zeros((num_tokens, top_k), jnp.float32)
-    for k, column in enumerate(columns):
-        pairs = jnp.where(slot == k, column, pairs)
-    pairs = pairs.astype(jnp.int32)
+    pairs = _positions(all_ids, chosen, is_valid, row_starts).astype(jnp.int32)
     position[...] = pairs[: ids.shape[0]]
     _write_order(pairs, order)
     _write_visits(column_starts, below[:num_groups], row_tile, visit_group, visit_tile, num_visits)
 
 
-def _positions(hits: list[Array], chosen: Array, is_valid: Array, row_starts: Array) -> list[Array]:
-    """Sorted rows of the tokens' pairs: float32 [M, 1] for each choice."""
+def _positions(ids: Array, chosen: Array, is_valid: Array, row_starts: Array) -> Array:
+    """Sorted rows of the tokens' pairs, float32 [M, K]."""
     num_tokens, num_groups = chosen.shape
     shape = (num_tokens, num_tokens)
     earlier = _iota(shape, 1) < _iota(shape, 0)
     rank = _product(jnp.where(earlier, is_valid, 0), chosen, NN)
-    row = rank + row_starts[:1, :num_groups]
+    row = _pick(rank + row_starts[:1, :num_groups], ids)
     own = _lane_sum(jnp.where(_iota(shape, 1) == _iota(shape, 0), is_valid, 0))
     invalid_before = _lane_sum(jnp.where(earlier, 1 - is_valid, 0))
-    behind = row_starts[:1, num_groups : num_groups + 1] + invalid_before * len(hits)
-    return [jnp.where(own > 0, _lane_sum(jnp.where(hit, row, 0)), behind + k) for k, hit in enumerate(hits)]
+    behind = row_starts[:1, num_groups : num_groups + 1] + invalid_before * ids.shape[1]
+    return jnp.where(own > 0, row, behind + _iota(ids.shape, 1).astype(jnp.float32))
+
+
+def _pick(values: Array, ids: Array) -> Array:
+    """values[t, ids[t, k]], from 128 groups at a time: [M, E], [M, K] -> [M, K]; ids may lie outside."""
+    lanes = (values.shape[0], LANES)
+    index = _pad(ids % LANES, lanes)
+    picked = jnp.zeros(ids.shape, values.dtype)
+    for start in range(0, values.shape[1], LANES):
+        part = _pad(values[:, start : start + LANES], lanes)
+        found = jnp.take_along_axis(part, index, axis=1, mode="promise_in_bounds")[:, : ids.shape[1]]
+        picked = jnp.where(ids // LANES == start // LANES, found, picked)
+    return picked
 
 
 def _write_order(position: Array, order: Any) -> None:
@@ -113,14 +120,16 @@ def _write_order(position: Array, order: Any) -> None:
     lines = -(-order.shape[0] // LANES)
     high, low = position // LANES, position % LANES
     square = (_round_up(top_k), top_k)
-    high = _product(_iota(square, 0) == _iota(square, 1), high, NT).astype(jnp.int32)
+    high, low = (
+        _product(_iota(square, 0) == _iota(square, 1), digit, NT).astype(jnp.int32) for digit in (high, low)
+    )
     shape = (_round_up(lines), num_tokens)
     token = _iota(shape, 1).astype(jnp.float32)
     pairs = jnp.zeros((2 * shape[0], LANES), jnp.float32)
     for k in range(top_k):
         line = high[k : k + 1] == _iota(shape, 0)
         left = jnp.concatenate([jnp.where(line, token, 0), jnp.where(line, float(k), 0)])
-        pairs += _product(left, low[:, k : k + 1] == _iota((num_tokens, LANES), 1), NN)
+        pairs += _product(left, low[k : k + 1] == _iota((LANES, num_tokens), 0), NT)
     rows = (pairs[: shape[0]] * top_k + pairs[shape[0] :]).astype(jnp.int32)
     for line in range(lines):
         _store(order, rows[line : line + 1], line * LANES)

@@ -4,6 +4,7 @@ from jax import Array
 
 from pallas_kernels.implementation import choose
 from pallas_kernels.mla_cache import plan, reference, tpu
+from pallas_kernels.normalize import Norm
 
 __all__ = ["write_entries"]
 
@@ -12,8 +13,7 @@ def write_entries(
     cache: Array,
     compressed: Array,
     *,
-    norm_weight: Array,
-    norm_eps: float,
+    norm: Norm,
     rope: Array,
     start: Array,
     counts: Array,
@@ -32,8 +32,7 @@ def write_entries(
     Args:
         cache: [L, B, S, W]: bfloat16, float32 or float8_e4m3fn; or [L, P, page_size, W] with `page_table`.
         compressed: [B, Q, kv_lora_rank + Dr], the output of kv_a_proj_with_mqa, not longer than W.
-        norm_weight: [Ln, kv_lora_rank] with `norm_layer`, [kv_lora_rank] without.
-        norm_eps: of the RMSNorm, whose result is rounded to compressed's dtype before the weight multiplies.
+        norm: RMSNorm of the latent; its weight [Ln, kv_lora_rank] with `norm_layer`, [kv_lora_rank] without.
         rope: float32 [B, Q, Dr], cosines of the tokens' positions, then sines.
         start: int32 [B], position of each row's first token; not negative.
         counts: int32 [B], tokens of each row that are written: the first so many of Q. Padding is on the right.
@@ -52,17 +51,22 @@ def write_entries(
     """
     if (cache.dtype.itemsize == 1) != (cache_scales is not None):
         raise ValueError(f"write_entries: cache_scales belong to a float8 cache; the cache is {cache.dtype}")
+    # A prompt's many tokens are written by XLA in any case.
+    is_step = compressed.shape[1] <= plan.MAX_TOKENS
     function = choose(
         "write_entries",
         implementation,
-        {"reference": reference.write_entries, "pallas": tpu.write_entries},
-        plan.unsupported(cache, compressed, page_table),
+        {
+            "reference": reference.write_entries,
+            "pallas": tpu.write_entries if is_step else reference.write_entries,
+        },
+        plan.unsupported(cache, compressed, page_table) if is_step else None,
     )
     new_cache, new_scales = function(
         cache,
         compressed,
-        norm_weight,
-        norm_eps,
+        norm.weight,
+        norm.eps,
         rope,
         start,
         counts,

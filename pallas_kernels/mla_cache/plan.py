@@ -53,13 +53,11 @@ class Plan:
 
 def unsupported(cache: Array, compressed: Array, page_table: Array | None) -> str | None:
     """Why the kernel cannot write to this cache; None if it can."""
-    queries, page_size, width = compressed.shape[1], cache.shape[2], cache.shape[3]
+    page_size, width = cache.shape[2:]
     if cache.dtype not in (jnp.float32, jnp.bfloat16, jnp.float8_e4m3fn):
         return f"a cache of {cache.dtype} (expected bfloat16, float32 or float8_e4m3fn)"
     if compressed.dtype not in (jnp.float32, jnp.bfloat16):
         return f"entries of {compressed.dtype} (expected bfloat16 or float32)"
-    if queries > MAX_TOKENS:
-        return f"{queries} new tokens a row (expected at most {MAX_TOKENS})"
     if width % LANES:
         return f"entries of {width} columns (expected a multiple of {LANES})"
     window = SUBLANES * 4 // cache.dtype.itemsize

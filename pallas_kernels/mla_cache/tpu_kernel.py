@@ -91,14 +91,14 @@ def kernel(*arguments: Any, plan: Plan, eps: float, paged: bool, scaled: bool) -
     totals = for_windows(lambda window, row, i: _start(refs, plan, window, READS))
     _load_operands(refs, plan, first_row)
     _make_entries(refs, plan, eps)
-    _wait(refs, plan, totals, READS)
+    _wait(refs, totals, READS)
 
     def change(window: Window, row: Array, i: Array) -> None:
         _change(refs, plan, window, refs.counts[row], i * plan.queries)
         _start(refs, plan, window, WRITES)
 
     for_windows(change)
-    _wait(refs, plan, totals, WRITES)
+    _wait(refs, totals, WRITES)
 
 
 def _refs(arguments: list[Any], paged: bool, num_caches: int) -> Refs:
@@ -176,16 +176,13 @@ def _start(refs: Refs, plan: Plan, window: Window, direction: int) -> None:
         pl.when(written)(copy.start)
 
 
-def _wait(refs: Refs, plan: Plan, totals: list[Array], direction: int) -> None:
-    """Waits until that many copies are done, whichever: those of one array are of one size."""
-    zero = jnp.int32(0)
-    for copy, total in zip(_copies(refs, plan, zero, zero, zero, direction), totals, strict=True):
-
-        def step(i: Array, carry: int, copy: Any = copy) -> int:
-            copy.wait()
-            return carry
-
-        lax.fori_loop(0, total, step, 0)
+def _wait(refs: Refs, totals: list[Array], direction: int) -> None:
+    """Waits for that many copies of every array, 2^i at a time: a semaphore counts bytes, whoever brings them."""
+    for tiles, total in zip(refs.tiles, totals, strict=True):
+        for i in range(tiles.shape[0].bit_length()):
+            some = tiles.at[pl.ds(0, 1 << i)]
+            copy = pltpu.make_async_copy(some, some, refs.semaphores.at[direction])
+            pl.when((total & (1 << i)) != 0)(copy.wait)
 
 
 def _load_operands(refs: Refs, plan: Plan, first_row: Array) -> None:

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels.mla_cache import write_entries
+from pallas_kernels.normalize import Norm
 
 EPS = 1e-6
 RANK, ROPE, WIDTH = 40, 8, 128
@@ -42,8 +43,7 @@ class Arguments:
         result = write_entries(
             jnp.asarray(self.cache),
             jnp.asarray(self.compressed),
-            norm_weight=jnp.asarray(self.weight),
-            norm_eps=EPS,
+            norm=Norm(jnp.asarray(self.weight), EPS),
             rope=jnp.asarray(self.rope),
             start=jnp.asarray(self.start),
             counts=jnp.asarray(self.counts),
@@ -149,8 +149,7 @@ def test_layers_of_a_scan_write_into_one_cache(implementation: str) -> None:
         cache = write_entries(
             cache,
             jnp.asarray(arguments.compressed),
-            norm_weight=jnp.asarray(arguments.weight),
-            norm_eps=EPS,
+            norm=Norm(jnp.asarray(arguments.weight), EPS),
             rope=jnp.asarray(arguments.rope),
             start=jnp.asarray(arguments.start),
             counts=jnp.asarray(arguments.counts),

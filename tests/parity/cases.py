@@ -140,6 +140,30 @@ CASES = (
     Case("v3-mtp", V3 | {"num_nextn_predict_layers": 1, "torch_dtype": "float16"}, "F16", 6),
 )
 
+KERNELS = Case(
+    "v3-heads-of-128",
+    V3
+    | {
+        "hidden_size": 160,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 2,
+        "q_lora_rank": 136,
+        "kv_lora_rank": 128,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 128,
+        "quantization_config": FP8,
+    },
+    "F8_E4M3",
+    21,
+)
+"""The smallest that all kernels take: they need heads as large as those of the real models."""
+
+CASES = (*CASES, KERNELS)
+
 QUANTISED = ("_proj.weight", "_proj_with_mqa.weight")
 DTYPES = {
     "F8_E4M3": ml_dtypes.float8_e4m3fn,

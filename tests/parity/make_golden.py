@@ -1,9 +1,10 @@
-"""Writes the golden files: `python -m tests.parity.make_golden` (extra `parity`; a few minutes).
+"""Writes the golden files: `python -m tests.parity.make_golden [CASE ...]` (extra `parity`; a few minutes for all).
 
 A file holds the logits of `transformers` at some positions and its greedy tokens; weights and prompts are made anew
 from the case's seed.
 """
 
+import sys
 import tempfile
 from pathlib import Path
 
@@ -41,4 +42,5 @@ def write_golden(case: Case) -> None:
 
 if __name__ == "__main__":
     for case in CASES:
-        write_golden(case)
+        if case.name in sys.argv[1:] or len(sys.argv) == 1:
+            write_golden(case)
