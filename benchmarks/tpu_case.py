@@ -18,8 +18,8 @@ class Case:
         arguments: pytrees of `jax.ShapeDtypeStruct`.
         ideal_bytes: what has to move between HBM and the chip at least.
         trips: trip counts of the loops inside the kernel, in the order of the compiled program; a nested loop counts
-            its own trips only. May be left out where they are all constants of the compiled program, which must not
-            contradict them.
+            its own trips only, on an average of the grid's steps. May be left out where they are all constants of the
+            compiled program, which they must not exceed.
         scalars: values of the kernel's prefetched scalars, for a kernel whose index maps read from them which blocks it
             fetches; without them every position counts as another block.
     """
@@ -29,5 +29,5 @@ class Case:
     function: Callable
     arguments: tuple[Any, ...]
     ideal_bytes: int
-    trips: tuple[int, ...] = ()
+    trips: tuple[float, ...] = ()
     scalars: tuple[np.ndarray, ...] | None = None

@@ -4,8 +4,9 @@ from collections.abc import Callable
 
 from benchmarks.tpu_case import Case
 from benchmarks.tpu_cases_matmul import matmul_cases
+from benchmarks.tpu_cases_mla_decode import mla_decode_cases
 
-COLLECTIONS: tuple[Callable[[], list[Case]], ...] = (matmul_cases,)
+COLLECTIONS: tuple[Callable[[], list[Case]], ...] = (matmul_cases, mla_decode_cases)
 """One `benchmarks/tpu_cases_<operation>.py` each."""
 
 

@@ -47,7 +47,7 @@ class Figures:
         vmem_bytes, vmem_limit_bytes: scoped VMEM in use, and what the kernel may use.
         bundles: issued by one core, loops multiplied out; None without a dump.
         spills, fills: in the whole kernel, static.
-        inner_spills, inner_fills: those in its innermost loops.
+        inner_spills, inner_fills: those in the loops inside a grid step, or in the grid's loop where there are none.
     """
 
     kernel: str
@@ -107,13 +107,13 @@ def add_schedule(figures: Figures, case: Case, call: KernelCall, cores: int, dum
         ValueError: the case's trip counts are not those of the compiled kernel.
     """
     schedule = kernel_schedule(dump, figures.kernel)
-    steps = call.pipeline.steps(cores)
+    steps = call.pipeline.steps()
     if steps is None:
         raise ValueError("a grid that is known at run time only")
-    inner = schedule.innermost()
+    inner = schedule.working_loops(steps)
     return dataclasses.replace(
         figures,
-        bundles=schedule.issued(steps, case.trips),
+        bundles=schedule.issued(steps, case.trips, core_steps=call.pipeline.steps(cores)),
         spills=schedule.spills,
         fills=schedule.fills,
         inner_spills=sum(loop.spills for loop in inner),

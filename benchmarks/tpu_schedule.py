@@ -35,7 +35,7 @@ times, but what the compiled programs contain.
   data by its own copies, which the program doesn't tell; its bytes are then the ideal.
 - **ratio**: bundles / DMA. Below 1 the kernel waits for memory (as it should in decode), above 1 for its instructions.
 - **spills / fills**: vector registers stored and loaded for want of registers, in the whole kernel and, in parentheses,
-  in its innermost loops; static counts.
+  in the loops inside a grid step (in the grid's own loop where there are none); static counts.
 - **VMEM**: MiB of scoped vector memory in use, and what the kernel may use.
 - **HBM**: MB that the program moves, XLA's operations around the kernel included, and their ratio to the ideal: every
   weight and cache entry used read once, activations read once, results written once.

@@ -64,45 +64,46 @@ class KernelSchedule:
         """In all places."""
         return sum(loop.fills for loop in self.loops)
 
-    def innermost(self) -> list[Loop]:
-        """The loops without a loop in them."""
-        parents = {loop.parent for loop in self.loops}
-        return [loop for i, loop in enumerate(self.loops) if i not in parents]
-
     def inner_loops(self, grid_steps: int) -> list[int]:
         """Indices of the loops inside one grid step."""
         grid_loop = self._grid_loop(grid_steps)
         return [i for i in range(1, len(self.loops)) if i != grid_loop]
 
-    def issued(self, grid_steps: int, trips: Sequence[int] = ()) -> int:
-        """Bundles of all grid steps, with the loops inside multiplied out.
+    def working_loops(self, grid_steps: int) -> list[Loop]:
+        """The loops inside a grid step; where there are none the grid's, failing that the whole kernel."""
+        inner = [self.loops[i] for i in self.inner_loops(grid_steps)]
+        return inner or [self.loops[-1]]
+
+    def issued(self, grid_steps: int, trips: Sequence[float] = (), *, core_steps: int | None = None) -> int:
+        """Bundles that a core issues, with the loops multiplied out.
 
         Args:
-            grid_steps: of one core; 1 for a kernel without a grid.
-            trips: of the loops inside a grid step, in order; a loop inside another counts its own trips only. May be
-                left out where the compiled code has them all as constants.
+            grid_steps: of all cores; 1 for a kernel without a grid.
+            trips: of the loops inside a grid step, in order, on an average of all steps; a loop inside another counts
+                its own trips only. May be left out where the compiled code has them all as constants.
+            core_steps: those grid steps that fall to the core; all of them if None.
 
         Raises:
-            ValueError: the trips are not as many as the loops, contradict the compiled code, or are missing.
+            ValueError: the trips are not as many as the loops, are more than the compiled code has, or are missing.
         """
         inner, grid_loop = self.inner_loops(grid_steps), self._grid_loop(grid_steps)
         if trips and len(trips) != len(inner):
             raise ValueError(f"{len(trips)} trip counts for {len(inner)} loops: {self.loops}")
         given = dict(zip(inner, trips, strict=True)) if trips else {}
-        executions = [1]
+        executions: list[float] = [1]
         for i, loop in enumerate(self.loops[1:], 1):
             if i == grid_loop:
-                times = grid_steps
+                times = grid_steps if core_steps is None else core_steps
             else:
                 times = given.get(i, loop.trips)
                 if times is None:
                     raise ValueError(f"loop {inner.index(i)} of {len(inner)} has no constant trip count")
-                if loop.trips not in (None, times):
+                if loop.trips is not None and times > loop.trips:  # it may be less: steps can skip the loop
                     raise ValueError(
                         f"loop {inner.index(i)} of {len(inner)} has {loop.trips} trips, given as {times}"
                     )
             executions.append(times * executions[loop.parent or 0])
-        return sum(loop.bundles * times for loop, times in zip(self.loops, executions, strict=True))
+        return round(sum(loop.bundles * times for loop, times in zip(self.loops, executions, strict=True)))
 
     def _grid_loop(self, grid_steps: int) -> int | None:
         """The loop over grid steps; a grid of one step has none."""

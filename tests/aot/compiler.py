@@ -54,7 +54,7 @@ def read_schedule(call: KernelCall, dump: Path) -> dict[str, Any]:
         "fills": schedule.fills,
         "trips": [schedule.loops[i].trips for i in schedule.inner_loops(steps)],
         "issued": schedule.issued(steps),
-        "issued_by_one_of_two_cores": schedule.issued(call.pipeline.steps(2) or 1),
+        "issued_by_one_of_two_cores": schedule.issued(steps, core_steps=call.pipeline.steps(2)),
     }
 
 

@@ -52,8 +52,10 @@ NESTED = KernelSchedule(
 def test_trips_are_multiplied_out() -> None:
     assert NESTED.bundles == 142
     assert (NESTED.spills, NESTED.fills) == (9, 11)
-    assert [loop.spills for loop in NESTED.innermost()] == [3, 5]
+    assert [loop.spills for loop in NESTED.working_loops(8)] == [0, 3, 5]
+    assert [loop.bundles for loop in KernelSchedule(NESTED.loops[:2]).working_loops(8)] == [100]
     assert NESTED.issued(8, (4, 6, 2)) == 10 + 8 * (100 + 4 * (20 + 6 * 7) + 2 * 5)
+    assert NESTED.issued(8, (3.5, 6, 0), core_steps=4) == 10 + 4 * (100 + 3.5 * (20 + 6 * 7))
     # A grid of one step is no loop: the first loop is the kernel's own.
     assert NESTED.issued(1, (3, 4, 6, 2)) == 10 + 3 * (100 + 4 * (20 + 6 * 7) + 2 * 5)
 
