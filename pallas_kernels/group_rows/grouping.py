@@ -34,12 +34,14 @@ class Grouping:
 
     Attributes:
         order: int32 [M * K], sorted row -> pair t * K + k.
+        tokens: int32 [M * K], sorted row -> token t.
         position: int32 [M, K], pair -> sorted row.
         sizes: int32 [num_groups].
         visits: what a grouped matmul walks along.
     """
 
     order: Array
+    tokens: Array
     position: Array
     sizes: Array
     visits: Visits

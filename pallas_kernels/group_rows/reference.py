@@ -13,7 +13,7 @@ def group_rows(ids: Array, valid: Array, num_groups: int, row_tile: int) -> Grou
     rows = jnp.arange(order.size, dtype=jnp.int32)
     position = jnp.zeros_like(order).at[order].set(rows, unique_indices=True).reshape(ids.shape)
     sizes = jnp.bincount(keys, length=num_groups + 1)[:num_groups].astype(jnp.int32)
-    return Grouping(order, position, sizes, plan_visits(sizes, order.size, row_tile))
+    return Grouping(order, order // ids.shape[1], position, sizes, plan_visits(sizes, order.size, row_tile))
 
 
 def plan_visits(sizes: Array, num_rows: int, row_tile: int) -> Visits:

@@ -30,6 +30,8 @@ def unsupported(ids: Array, num_groups: int) -> str | None:
     num_tokens, top_k = ids.shape
     if num_tokens > MAX_TOKENS or num_tokens * top_k > MAX_PAIRS:
         return f"{num_tokens} tokens of {top_k} (expected at most {MAX_TOKENS} tokens and {MAX_PAIRS} pairs)"
+    if top_k > LANES:
+        return f"{top_k} groups a token (expected at most {LANES})"
     if num_groups > MAX_GROUPS:
         return f"{num_groups} groups (expected at most {MAX_GROUPS})"
     return None
@@ -40,9 +42,18 @@ def group_rows(ids: Array, valid: Array, num_groups: int, row_tile: int) -> Grou
     num_tokens, top_k = ids.shape
     num_pairs = num_tokens * top_k
     num_visits = max_visits(num_groups, num_pairs, row_tile)
-    shapes = [(num_pairs,), ids.shape, (num_groups,), (num_groups + 1,), (num_visits,), (num_visits,), (1,)]
+    shapes = [
+        (num_pairs,),
+        (num_pairs,),
+        ids.shape,
+        (num_groups,),
+        (num_groups + 1,),
+        (num_visits,),
+        (num_visits,),
+        (1,),
+    ]
     vmem = 16 * (num_groups + LANES) * (num_groups + LANES) * 4
-    order, position, sizes, starts, visit_group, visit_tile, count = pl.pallas_call(
+    order, tokens, position, sizes, starts, visit_group, visit_tile, count = pl.pallas_call(
         functools.partial(_kernel, row_tile=row_tile),
         in_specs=[pl.BlockSpec(memory_space=pltpu.VMEM)] * 2,
         out_specs=[pl.BlockSpec(memory_space=pltpu.VMEM)] * len(shapes),
@@ -51,13 +62,14 @@ def group_rows(ids: Array, valid: Array, num_groups: int, row_tile: int) -> Grou
         name="dsv3_group_rows",
         interpret=interpret(),
     )(ids, valid.astype(jnp.int32)[None])
-    return Grouping(order, position, sizes, Visits(starts, visit_group, visit_tile, count))
+    return Grouping(order, tokens, position, sizes, Visits(starts, visit_group, visit_tile, count))
 
 
 def _kernel(
     ids: Any,
     valid: Any,
     order: Any,
+    tokens: Any,
     position: Any,
     sizes: Any,
     starts: Any,
@@ -72,21 +84,17 @@ def _kernel(
     is_valid = _pad(valid[...], (1, num_tokens)).astype(jnp.float32)
     all_ids = _pad(ids[...], (num_tokens, top_k))
     group = _iota((num_tokens, num_groups), 1)
-    hits = [group == all_ids[:, k : k + 1] for k in range(top_k)]
-    chosen = functools.reduce(jnp.logical_or, hits)
-
-    # Rows of a product with equal rows are equal: sizes and sums over them come out broadcast, whichever way is needed.
-    counts = _product(jnp.broadcast_to(is_valid, (LANES, num_tokens)), chosen, NN)
+    chosen = functools.reduce(jnp.logical_or, (group == all_ids[:, k : k + 1] for k in range(top_k)))
+    counts = _product(jnp.broadcast_to(is_valid, (SUBLANES, num_tokens)), chosen, NN)
     below = _iota((num_groups + SUBLANES, num_groups), 1) < _iota((num_groups + SUBLANES, num_groups), 0)
-    row_starts = _product(counts[:SUBLANES], below, NT)
-    column_starts = _product(below, counts, NT)
+    row_starts = _product(counts, below, NT)
     _store(sizes, counts)
     _store(starts, row_starts)
 
-    pairs = _positions(all_ids, chosen, is_valid, row_starts).astype(jnp.int32)
-    position[...] = pairs[: ids.shape[0]]
-    _write_order(pairs, order)
-    _write_visits(column_starts, below[:num_groups], row_tile, visit_group, visit_tile, num_visits)
+    pairs = _positions(all_ids, chosen, is_valid, row_starts)
+    position[...] = pairs[: ids.shape[0]].astype(jnp.int32)
+    _write_order(pairs, order, tokens)
+    _write_visits(row_starts, below, row_tile, visit_group, visit_tile, num_visits)
 
 
 def _positions(ids: Array, chosen: Array, is_valid: Array, row_starts: Array) -> Array:
@@ -103,36 +111,42 @@ def _positions(ids: Array, chosen: Array, is_valid: Array, row_starts: Array) ->
 
 
 def _pick(values: Array, ids: Array) -> Array:
-    """values[t, ids[t, k]], from 128 groups at a time: [M, E], [M, K] -> [M, K]; ids may lie outside."""
+    """values[t, ids[t, k]], from 128 lanes at a time: [M, E], [M, K] -> [M, K]; 0 where ids lie outside."""
     lanes = (values.shape[0], LANES)
-    index = _pad(ids % LANES, lanes)
+    index = _pad(ids & (LANES - 1), lanes)
     picked = jnp.zeros(ids.shape, values.dtype)
     for start in range(0, values.shape[1], LANES):
         part = _pad(values[:, start : start + LANES], lanes)
         found = jnp.take_along_axis(part, index, axis=1, mode="promise_in_bounds")[:, : ids.shape[1]]
-        picked = jnp.where(ids // LANES == start // LANES, found, picked)
+        picked = jnp.where((ids >= start) & (ids < start + LANES), found, picked)
     return picked
 
 
-def _write_order(position: Array, order: Any) -> None:
+def _write_order(position: Array, order: Any, tokens: Any) -> None:
     """The inverse permutation, as products of one-hot matrices: of a sorted row over 128, and modulo 128."""
     num_tokens, top_k = position.shape
     lines = -(-order.shape[0] // LANES)
-    high, low = position // LANES, position % LANES
-    square = (_round_up(top_k), top_k)
-    high, low = (
-        _product(_iota(square, 0) == _iota(square, 1), digit, NT).astype(jnp.int32) for digit in (high, low)
-    )
+    high = jnp.floor(position * (1 / LANES))
+    high, low = (_lane_row(digit) for digit in (high, position - high * LANES))
     shape = (_round_up(lines), num_tokens)
-    token = _iota(shape, 1).astype(jnp.float32)
-    pairs = jnp.zeros((2 * shape[0], LANES), jnp.float32)
-    for k in range(top_k):
-        line = high[k : k + 1] == _iota(shape, 0)
-        left = jnp.concatenate([jnp.where(line, token, 0), jnp.where(line, float(k), 0)])
-        pairs += _product(left, low[k : k + 1] == _iota((LANES, num_tokens), 0), NT)
-    rows = (pairs[: shape[0]] * top_k + pairs[shape[0] :]).astype(jnp.int32)
+    token = jnp.concatenate([_iota(shape, 1).astype(jnp.float32)] * top_k, axis=1)
+    choice = jnp.concatenate([jnp.full(shape, float(k)) for k in range(top_k)], axis=1)
+    line = high == _iota(token.shape, 0).astype(jnp.float32)
+    left = jnp.concatenate([jnp.where(line, token, 0), jnp.where(line, choice, 0)])
+    right = low == _iota((LANES, token.shape[1]), 0).astype(jnp.float32)
+    pairs = _product(left, right, NT)
+    rows = pairs[: shape[0]] * top_k + pairs[shape[0] :]
     for line in range(lines):
         _store(order, rows[line : line + 1], line * LANES)
+        _store(tokens, pairs[line : line + 1], line * LANES)
+
+
+def _lane_row(digits: Array) -> Array:
+    """[M, K] whole numbers of at most 256 -> [1, K * M], those of one choice side by side."""
+    top_k = digits.shape[1]
+    square = (_round_up(top_k), top_k)
+    turned = _product(_iota(square, 0) == _iota(square, 1), digits, NT)
+    return jnp.concatenate([turned[k : k + 1] for k in range(top_k)], axis=1)
 
 
 def _write_visits(
@@ -141,25 +155,27 @@ def _write_visits(
     """Visits by comparison with their cumulative sums.
 
     Args:
-        starts: float32 [more than E, 128], first rows of the groups and the end of the last, equal in all lanes.
-        below: bool [E, E], whether the group of the column comes before that of the row.
+        starts: float32 [8, more than E], first rows of the groups and the end of the last, in equal rows.
+        below: bool [more than E, E], whether the group of the column comes before that of the row.
     """
-    num_groups = below.shape[0]
-    first, end = starts[:num_groups], starts[1 : num_groups + 1]
+    num_groups = below.shape[1]
+    first, end = starts[:, :num_groups], starts[:, 1 : num_groups + 1]
     first_tile = _floor_divide(first, row_tile)
     tiles = jnp.where(end > first, _floor_divide(end - 1, row_tile) - first_tile + 1, 0)
-    begin = _product(below, tiles, NN)
-    total = jnp.sum(tiles, axis=0, keepdims=True)
+    begin = _product(tiles, below, NT)
+    total = begin[:, num_groups : num_groups + 1]
     _store(num_visits, total)
-    group = _iota(begin.shape, 0).astype(jnp.float32)
+    offset = first_tile - begin[:, :num_groups]
+    # The same sums in columns, equal in all of them.
+    begin = _product(below[:num_groups], jnp.broadcast_to(tiles[:1], (LANES, num_groups)), NT)
     for start in range(0, visit_group.shape[0], LANES):
-        visit = _iota((1, LANES), 1).astype(jnp.float32) + start
+        visit = _iota((SUBLANES, LANES), 1).astype(jnp.float32) + start
         visit = jnp.maximum(jnp.minimum(visit, total - 1), 0)
-        here = (begin <= visit) & (visit < begin + tiles)
-        owner = jnp.sum(jnp.where(here, group, 0), axis=0, keepdims=True)
-        tile = jnp.sum(jnp.where(here, first_tile - begin, 0), axis=0, keepdims=True) + visit
+        # Of groups that begin at the same visit all but the last are empty.
+        begun = jnp.sum(jnp.where(begin <= visit[:1], 1.0, 0.0), axis=0, keepdims=True)
+        owner = jnp.where(total > 0, begun - 1, 0).astype(jnp.int32)
         _store(visit_group, owner, start)
-        _store(visit_tile, tile, start)
+        _store(visit_tile, _pick(offset, owner) + visit, start)
 
 
 def _store(out: Any, row: Array, start: int = 0) -> None:
