@@ -2,10 +2,19 @@
 
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from dsv3_jax.config import ModelConfig
 from tests.tiny import write_tokenizer_files
+
+# Shrinking an example that has to be compiled anew at every step takes minutes and says little more.
+hypothesis.settings.register_profile(
+    "no shrinking",
+    deadline=None,
+    phases=[hypothesis.Phase.explicit, hypothesis.Phase.reuse, hypothesis.Phase.generate],
+)
+hypothesis.settings.load_profile("no shrinking")
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 from flax import nnx
-from jax import Array
+from jax import Array, lax
 
 from dsv3_jax.model.linear import Layer, Linear, Parameters
 from dsv3_jax.model.router import Router
@@ -45,13 +45,12 @@ class Experts(MLP):
     def __init__(self, make: Parameters, stack: tuple[int, ...]):
         super().__init__(make, (*stack, make.config.n_routed_experts), make.config.moe_intermediate_size)
 
-    def grouped(self, x: Array, grouping: Grouping, row_scale: Array, layer: Layer) -> Array:
+    def grouped(self, x: Array, grouping: Grouping, layer: Layer) -> Array:
         """Every row through the expert of its group.
 
         Args:
             x: [R, hidden_size], sorted by expert.
             grouping: how the rows lie.
-            row_scale: float32 [R], weights of the outputs.
 
         Returns:
             [R, hidden_size].
@@ -73,7 +72,6 @@ class Experts(MLP):
             down.matrix(),
             grouping.sizes,
             visits=grouping.visits,
-            row_scale=row_scale,
             layer=layer,
             activations=down.activations,
             scale_fmt=down.scale_fmt,
@@ -111,11 +109,10 @@ class MoE(nnx.Module):
             row_tile=row_tile(num_tokens * num_choices, num_experts),
             implementation=self.gate.implementation,
         )
-        sorted_rows = _take(routed.normed, grouping.order // num_choices)
-        weights = _take(routed.weights.reshape(-1), grouping.order)
-        out = self.experts.grouped(sorted_rows, grouping, weights, layer)
-        chosen = _take(out, grouping.position.reshape(-1)).reshape(num_tokens, num_choices, -1)
-        combined = chosen.astype(jnp.float32).sum(axis=1).astype(x.dtype)
+        out = self.experts.grouped(_take(routed.normed, grouping.tokens), grouping, layer)
+        chosen = _take(out, grouping.position).astype(jnp.float32)
+        # Weighted here and not in the experts' kernel: that would first have to sort the weights as well.
+        combined = (chosen * routed.weights[..., None]).sum(axis=1).astype(x.dtype)
         total = self.shared_experts(routed.normed, layer) + combined
         return x + total.reshape(x.shape), (routed.ids, routed.scores)
 
@@ -124,5 +121,10 @@ Routing = tuple[Array, Array]
 
 
 def _take(rows: Array, index: Array) -> Array:
-    """rows[index]. Indices known to be in bounds, and unsigned, save the operations that would check each."""
-    return rows.at[index.astype(jnp.uint32)].get(mode="promise_in_bounds")
+    """rows[index], int32 [...] that are in bounds: indexing by brackets would check them, in operations of its own."""
+    dimensions = lax.GatherDimensionNumbers(
+        offset_dims=(index.ndim,), collapsed_slice_dims=(0,), start_index_map=(0,)
+    )
+    return lax.gather(
+        rows, index[..., None], dimensions, (1, rows.shape[1]), mode=lax.GatherScatterMode.PROMISE_IN_BOUNDS
+    )
