@@ -57,6 +57,7 @@ class Window:
     """A tile of the cache that new tokens of a row touch.
 
     Attributes:
+        is_first: of its row.
         buffer: its place in VMEM.
         written: whether new tokens fall into it: one condition for entries, one for scales, whose tiles are longer and
             shared by windows.
@@ -65,6 +66,7 @@ class Window:
         first: position of the row's first token, counted from the beginning of the tile of entries, and of scales.
     """
 
+    is_first: bool
     buffer: Array
     written: tuple[Array, Array]
     block: Array
@@ -94,8 +96,15 @@ def kernel(*arguments: Any, plan: Plan, eps: float, paged: bool, scaled: bool) -
     _wait(refs, totals, READS)
 
     def change(window: Window, row: Array, i: Array) -> None:
-        _change(refs, plan, window, refs.counts[row], i * plan.queries)
-        _start(refs, plan, window, WRITES)
+        def work() -> None:
+            _change(refs, plan, window, refs.counts[row], i * plan.queries)
+            _start(refs, plan, window, WRITES)
+
+        # The first is hardly ever without a token, the others are most of the time.
+        if window.is_first:
+            work()
+        else:
+            pl.when(window.written[0])(work)
 
     for_windows(change)
     _wait(refs, totals, WRITES)
@@ -144,6 +153,7 @@ def _windows(plan: Plan, refs: Refs, row: Array, index: Array) -> list[Window]:
         scales_written = written if previous is None else written & (lanes != previous)
         windows.append(
             Window(
+                is_first=i == 0,
                 buffer=index * plan.windows + i,
                 written=(written, scales_written),
                 block=block,
