@@ -46,7 +46,7 @@ def assert_same(got: Grouping | Visits, expected: Grouping | Visits) -> None:
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@settings(max_examples=6, deadline=None, derandomize=True)
+@settings(max_examples=4, deadline=None, derandomize=True)
 @given(
     m=st.integers(1, 40),
     k=st.integers(1, 8),
@@ -101,7 +101,7 @@ def test_ids_of_invalid_tokens_do_not_matter(implementation: str) -> None:
     assert_same(got, expected)
 
 
-@settings(max_examples=6, deadline=None, derandomize=True)
+@settings(max_examples=4, deadline=None, derandomize=True)
 @given(
     sizes=st.lists(st.integers(0, 40), min_size=1, max_size=12),
     unused=st.integers(0, 20),
