@@ -59,7 +59,9 @@ def mla_decode(
             an FP8 cache and its scales was given.
     """
     if (cache.dtype.itemsize == 1) != (cache_scales is not None):
-        raise ValueError(f"mla_decode: a cache of {cache.dtype} {'without' if cache_scales is None else 'with'} scales")
+        raise ValueError(
+            f"mla_decode: a cache of {cache.dtype} {'without' if cache_scales is None else 'with'} scales"
+        )
     function = choose(
         "mla_decode",
         implementation,

@@ -6,10 +6,12 @@ import math
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels.chip import MIB, Chip
+from pallas_kernels.chip import Chip
 
 GROUP_ROWS = 128
 BUFFERS = 2
+COPIES_TOGETHER = 8
+"""Copies of pages that are started together, at most: one at a time, each waits for its page number."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +62,11 @@ class Plan:
         return min(-(-self.rank // 128) * 128, self.width)
 
     @property
+    def copies_together(self) -> int:
+        """Copies of a whole block that are started together, of `block // chunk`."""
+        return math.gcd(self.block // self.chunk, COPIES_TOGETHER)
+
+    @property
     def rows_a_part(self) -> int:
         """Batch rows that a part of the grid goes through."""
         return self.batch if self.split else self.batch // self.parts
@@ -97,7 +104,7 @@ def make_plan(
         page_size=page_size,
         pages_a_row=pages_a_row,
         block=block,
-        sub_block=512,
+        sub_block=1024 if rows <= 16 else 512,
         masked_sub_block=256,
         chunk=math.gcd(block, page_size) if pages_a_row else block,
         granule=copy_granule(cache_dtype),
@@ -130,11 +137,11 @@ def copy_granule(cache_dtype: jnp.dtype) -> int:
 
 
 def vmem_bytes(plan: Plan, query_dtype: jnp.dtype, compute_dtype: jnp.dtype, cache_dtype: jnp.dtype) -> int:
-    """VMEM that the kernel occupies, with room for what the compiler adds."""
+    """VMEM that blocks and scratch occupy."""
     padded_rows = plan.groups * -(-plan.group_rows // 16) * 16
     cache = BUFFERS * plan.block * (plan.width * cache_dtype.itemsize + 32)
     queries = padded_rows * plan.width * (2 * query_dtype.itemsize + compute_dtype.itemsize)
     scores = 2 * plan.group_rows * plan.sub_block * (4 + compute_dtype.itemsize)
     state = padded_rows * (plan.columns + 2 * 128) * 4
     results = 2 * padded_rows * (plan.rank + 8) * 4
-    return cache + queries + scores + state + results + MIB
+    return cache + queries + scores + state + results

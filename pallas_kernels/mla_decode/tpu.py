@@ -1,17 +1,21 @@
 """`mla_decode` on a TPU."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
 
-from pallas_kernels.chip import chip, interpret
+from pallas_kernels.chip import chip, compiler_params, interpret
 from pallas_kernels.mla_decode.combine import combine
 from pallas_kernels.mla_decode.plan import BUFFERS, Plan, make_plan, vmem_bytes
-from pallas_kernels.mla_decode.tpu_kernel import LANES, Refs, kernel
+from pallas_kernels.mla_decode.tpu_kernel import kernel
+from pallas_kernels.mla_decode.tpu_refs import LANES, Refs
+from pallas_kernels.stack import layer_index
 
 
 def mla_decode(
@@ -25,14 +29,13 @@ def mla_decode(
     page_table: Array | None,
 ) -> tuple[Array, Array]:
     pages_a_row = 0 if page_table is None else page_table.shape[1]
-    target = chip()
-    plan = make_plan(q_latent.shape, q_rope.shape[-1], cache.shape, cache.dtype, pages_a_row, target)
+    plan = make_plan(q_latent.shape, q_rope.shape[-1], cache.shape, cache.dtype, pages_a_row, chip())
     wide = jnp.float32 in (q_latent.dtype, cache.dtype)
     compute_dtype = jnp.dtype(jnp.float32 if wide else jnp.bfloat16)
     body = functools.partial(
         _body, plan=plan, scale=scale, compute_dtype=compute_dtype, scaled=cache_scales is not None
     )
-    scalars = [lengths, jnp.asarray(layer, jnp.int32).reshape(1)]
+    scalars = [lengths, layer_index(layer)]
     scalars += [] if page_table is None else [page_table.reshape(-1)]
     queries = [q.reshape(plan.batch, plan.rows, q.shape[-1]) for q in (q_latent, q_rope)]
     operands = [*queries, cache] + ([] if cache_scales is None else [cache_scales])
@@ -42,8 +45,8 @@ def mla_decode(
     out, lse = pl.pallas_call(
         body,
         out_shape=[
-            jax.ShapeDtypeStruct((*parts, plan.batch, plan.rows, plan.rank), out_dtype),
-            jax.ShapeDtypeStruct((*parts, plan.batch, 1, plan.rows), jnp.float32),
+            _result((*parts, plan.batch, plan.rows, plan.rank), out_dtype, operands),
+            _result((*parts, plan.batch, 1, plan.rows), jnp.float32, operands),
         ],
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
@@ -59,10 +62,7 @@ def mla_decode(
             ],
             scratch_shapes=_scratch(plan, compute_dtype, cache.dtype, cache_scales is not None),
         ),
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"),
-            vmem_limit_bytes=need if need > target.scoped_vmem_bytes else None,
-        ),
+        compiler_params=compiler_params(("parallel", "arbitrary"), need),
         interpret=interpret(),
         name="dsv3_mla_decode",
     )(*scalars, *operands)
@@ -70,6 +70,13 @@ def mla_decode(
     if plan.split:
         out, lse = combine(out, lse[..., 0, :])
     return out.astype(q_latent.dtype).reshape(shape), lse.reshape(shape[:-1])
+
+
+def _result(shape: tuple[int, ...], dtype: DTypeLike, operands: list[Array]) -> jax.ShapeDtypeStruct:
+    """A result that under `shard_map` differs over the mesh axes over which any operand does."""
+    types = [jax.typeof(operand).manual_axis_type for operand in operands]
+    varying = frozenset().union(*(axes.varying for axes in types))
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=types[0].update(varying=varying))
 
 
 def _row_spec(plan: Plan, shape: tuple[int, int], split: bool) -> pl.BlockSpec:
@@ -99,31 +106,11 @@ def _scratch(plan: Plan, compute_dtype: jnp.dtype, cache_dtype: jnp.dtype, scale
     ]
 
 
-def _body(*refs, plan: Plan, scale: float, compute_dtype: jnp.dtype, scaled: bool) -> None:
-    paged = plan.pages_a_row > 0
-    it = iter(refs)
-    take = lambda present=True: next(it) if present else None
+def _body(*refs: Any, plan: Plan, scale: float, compute_dtype: jnp.dtype, scaled: bool) -> None:
+    absent = {"table": plan.pages_a_row == 0, "scales": not scaled, "scale_buffer": not scaled}
+    present = iter(refs)
     kernel(
-        Refs(
-            lengths=take(),
-            layer=take(),
-            table=take(paged),
-            q_latent=take(),
-            q_rope=take(),
-            cache=take(),
-            scales=take(scaled),
-            out=take(),
-            lse=take(),
-            buffer=take(),
-            scale_buffer=take(scaled),
-            semaphore=take(),
-            slot=take(),
-            query=take(),
-            scores=(take(), take()),
-            accumulator=take(),
-            peak=take(),
-            total=take(),
-        ),
+        Refs(*(None if absent.get(name) else next(present) for name in Refs._fields)),
         plan,
         scale,
         compute_dtype,

@@ -3,7 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.mla_decode import cache_width, mla_decode
+from pallas_kernels.decode import bit_patterns
+from pallas_kernels.mla_decode import cache_width, combine, mla_decode
 from pallas_kernels.mla_prefill import mla_prefill
 from tests.kernels.definitions import attention
 
@@ -39,6 +40,86 @@ def test_decode(heads: int, queries: int, capacity: int) -> None:
                 )
                 np.testing.assert_allclose(np.asarray(out)[row, i, head], expected, atol=TOLERANCE)
                 np.testing.assert_allclose(np.asarray(lse)[row, i, head], expected_lse, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("page_size", [0, 4, 10, 500])
+@pytest.mark.parametrize("patterns", [False, True])
+def test_decode_of_float8_and_pages(page_size: int, patterns: bool) -> None:
+    """Each token has its own scale; pages lie anywhere, and the table's places out of use hold anything."""
+    rank, rope, capacity, heads = 24, 8, 500, 2
+    lengths = [300, 0, 7, 1]
+    rng = np.random.default_rng(0)
+    size = page_size or capacity
+    pages_a_row = capacity // size
+    table = rng.permutation(len(lengths) * pages_a_row).reshape(len(lengths), -1).astype(np.int32)
+    if not page_size:
+        table.sort(axis=0)
+    shape = (1, len(lengths) * pages_a_row, size)
+    values = jnp.asarray(rng.standard_normal((*shape, 128)), jnp.float8_e4m3fn)
+    values = values.at[..., rank + rope :].set(0)
+    scales = rng.uniform(0.5, 2, (*shape[:2], 1, size)).astype(np.float32)
+    rows = (np.asarray(values, np.float32) * scales.swapaxes(-1, -2))[0, table].reshape(4, capacity, 128)
+    for row, length in enumerate(lengths):
+        table[row, -(-length // size) :] = 1 << 20
+    q_latent, q_rope = random((4, 2, heads, rank), 2), random((4, 2, heads, rope), 3)
+    out, lse = mla_decode(
+        jnp.asarray(q_latent),
+        jnp.asarray(q_rope),
+        bit_patterns(values) if patterns else values,
+        jnp.asarray(lengths, jnp.int32),
+        scale=SCALE,
+        layer=0,
+        cache_scales=jnp.asarray(scales),
+        page_table=jnp.asarray(table) if page_size else None,
+    )
+    for row, length in enumerate(lengths):
+        for i in range(2):
+            seen = rows[row, : max(length - 1 + i, 0)]
+            for head in range(heads):
+                got, got_lse = np.asarray(out)[row, i, head], np.asarray(lse)[row, i, head]
+                if not len(seen):
+                    assert not got.any()
+                    assert got_lse == -np.inf
+                    continue
+                query = np.concatenate([q_latent[row, i, head], q_rope[row, i, head]])
+                expected, expected_lse = attention(query, seen[:, : rank + rope], seen[:, :rank], SCALE)
+                np.testing.assert_allclose(got, expected, atol=TOLERANCE)
+                np.testing.assert_allclose(got_lse, expected_lse, atol=TOLERANCE)
+
+
+def test_decode_wants_scales_with_float8_and_nothing_else() -> None:
+    q_latent, q_rope = jnp.zeros((1, 1, 1, 24)), jnp.zeros((1, 1, 1, 8))
+    scales = jnp.ones((1, 1, 1, 16))
+    for dtype, given in ((jnp.float8_e4m3fn, None), (jnp.float32, scales)):
+        with pytest.raises(ValueError, match="scales"):
+            mla_decode(
+                q_latent,
+                q_rope,
+                jnp.zeros((1, 1, 16, 128), dtype),
+                jnp.ones(1, jnp.int32),
+                scale=SCALE,
+                layer=0,
+                cache_scales=given,
+            )
+
+
+def test_combine() -> None:
+    """Attention to a sequence is made of attention to its parts, of which some queries see nothing."""
+    q_latent, q_rope = jnp.asarray(random((3, 1, 2, 24), 1)), jnp.asarray(random((3, 1, 2, 8), 2))
+    cache = jnp.asarray(random((1, 3, 96, 128), 3)).at[..., 32:].set(0)
+    lengths = jnp.asarray([96, 40, 0])
+
+    def attend(first: int, size: int) -> tuple[jax.Array, jax.Array]:
+        part = jnp.clip(lengths - first, 0, size)
+        return mla_decode(q_latent, q_rope, cache[:, :, first : first + size], part, scale=SCALE, layer=0)
+
+    parts = [attend(first, 32) for first in (0, 32, 64)]
+    out, lse = combine(*(jnp.stack(array) for array in zip(*parts, strict=True)))
+    expected, expected_lse = attend(0, 96)
+    np.testing.assert_allclose(np.asarray(out), np.asarray(expected), atol=TOLERANCE)
+    np.testing.assert_allclose(np.asarray(lse), np.asarray(expected_lse), atol=TOLERANCE)
+    assert not np.asarray(out)[2].any()
+    assert np.isneginf(np.asarray(lse)[2]).all()
 
 
 @pytest.mark.parametrize("length", [1, 255, 256, 257, 520])
