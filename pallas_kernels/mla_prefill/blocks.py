@@ -57,16 +57,16 @@ class Sizes:
     unit: int
 
 
-def block_sizes(held: int, walked: int, dtype: jnp.dtype, largest: int) -> Sizes:
-    """Sizes for `held` x `walked` rows; `largest` is what a bfloat16 kernel may hold.
+def block_sizes(held: int, walked: int, dtype: jnp.dtype, largest: tuple[int, int]) -> Sizes:
+    """Sizes for `held` x `walked` rows; a bfloat16 kernel may have as many as `largest` in a block and in a chunk.
 
     The loop over chunks starts and ends with products that nothing overlaps, so a step fetches many of them.
     """
     narrow = dtype == jnp.bfloat16
-    largest, fetched = (largest, 2048) if narrow else (largest // 2, 512)
-    blocks = pl.cdiv(held, largest)
+    held_limit, chunk, fetched = (*largest, 2048) if narrow else (largest[0] // 2, LANES, 512)
+    blocks = pl.cdiv(held, held_limit)
     held = _round_up(pl.cdiv(held, blocks), LANES)
-    chunk = min(256 if narrow else LANES, _round_up(walked, LANES))
+    chunk = min(chunk, _round_up(walked, LANES))
     unit = next(size for size in (256, LANES) if held % size == 0)
     return Sizes(held, min(fetched, _round_up(walked, chunk)), chunk, unit)
 

@@ -1,7 +1,7 @@
 """Operations inside the kernels of `mla_prefill`."""
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +16,8 @@ MASKED = -1e30
 """A score that no softmax sees; finite, for a chunk may hide every key from a query and -inf - -inf is NaN."""
 PIECE = 32
 """Rows of scores between a load and a store; more of them spill."""
-SPARE_BYTES = MIB
-"""Vector memory for what the compiler keeps beside blocks and scratch."""
+SPARE_BYTES = 2 * MIB
+"""Vector memory for what the compiler keeps beside blocks and scratch, registers that it spills among it."""
 LOG2_E = math.log2(math.e)
 
 
@@ -63,7 +63,7 @@ def like(x: Array, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
 
 
 def compiler_params(
-    semantics: tuple[str, ...], blocks: Any, dtype: Any, scratch: list[Any]
+    semantics: tuple[Literal["parallel", "arbitrary"], ...], blocks: Any, dtype: Any, scratch: list[Any]
 ) -> pltpu.CompilerParams:
     """Dimension semantics, and as much vector memory as two of each block and the scratch need."""
     need = 2 * sum(_padded_bytes(spec.block_shape, dtype) for spec in blocks)

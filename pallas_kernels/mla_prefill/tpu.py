@@ -45,7 +45,7 @@ def mla_prefill(
     start = jnp.zeros(batch, jnp.int32) if start is None else start
     segments = None if segment_ids is None else segment_ids[:, None]
     arrays = (_side_by_side(q_nope), _side_by_side(q_rope), _side_by_side(k_nope), k_rope, _side_by_side(v))
-    out = _attend(attention, arrays, start, segments)
+    out: Array = _attend(attention, arrays, start, segments)
     return out.reshape(batch, length, padded, -1)[:, :, :heads, :width]
 
 

@@ -13,6 +13,9 @@ from pallas_kernels.mla_prefill import tiles
 from pallas_kernels.mla_prefill.blocks import Attention, Sizes, block_sizes, key_chunks
 from pallas_kernels.mla_prefill.held_queries import Step, mask_of, specs, units
 
+LARGEST = (1024, 512)
+"""Rows of a block that is held and of a chunk, in bfloat16, beyond which nothing is gained on any chip."""
+
 
 class _Refs(NamedTuple):
     """Blocks [rows, heads of the group * width], then scratch of each head."""
@@ -56,7 +59,7 @@ def forward(
     """
     batch, queries, keys = *arrays[0].shape[:2], arrays[2].shape[1]
     dtype, group, value = arrays[4].dtype, attention.group, attention.value
-    sizes = block_sizes(queries, keys, dtype, largest=1024)
+    sizes = block_sizes(queries, keys, dtype, LARGEST)
     ranges = key_chunks(start, segments, queries, keys, sizes)
     grid, layout = specs(attention, batch, queries, keys, sizes)
     operands = arrays if segments is None else (*arrays, segments, segments)

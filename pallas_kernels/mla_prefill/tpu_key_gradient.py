@@ -13,6 +13,9 @@ from pallas_kernels.mla_prefill import tiles
 from pallas_kernels.mla_prefill.blocks import Attention, Sizes, block_sizes, fetched_block, query_chunks
 from pallas_kernels.mla_prefill.held_queries import units
 
+LARGEST = (512, 256)
+"""Rows of a block that is held and of a chunk, in bfloat16, beyond which nothing is gained on any chip."""
+
 
 class _Refs(NamedTuple):
     """Blocks [rows, heads of the group * width], then scratch of each head."""
@@ -72,7 +75,7 @@ def key_gradient(
         attention.rope,
         attention.value,
     )
-    sizes = block_sizes(keys, queries, dtype, largest=512)
+    sizes = block_sizes(keys, queries, dtype, LARGEST)
     ranges = query_chunks(start, segments, queries, keys, sizes)
     packed = segments is not None
     grid, in_specs, out_specs = _specs(attention, batch, queries, keys, sizes, packed)

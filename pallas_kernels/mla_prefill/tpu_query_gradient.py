@@ -13,6 +13,9 @@ from pallas_kernels.mla_prefill import tiles
 from pallas_kernels.mla_prefill.blocks import Attention, Sizes, block_sizes, key_chunks
 from pallas_kernels.mla_prefill.held_queries import Step, mask_of, specs, units
 
+LARGEST = (1024, 256)
+"""Rows of a block that is held and of a chunk, in bfloat16, beyond which nothing is gained on any chip."""
+
 
 class _Refs(NamedTuple):
     """Blocks [rows, heads of the group * width], then scratch of each head."""
@@ -67,7 +70,7 @@ def query_gradient(
         attention.rope,
         attention.value,
     )
-    sizes = block_sizes(queries, keys, dtype, largest=512)
+    sizes = block_sizes(queries, keys, dtype, LARGEST)
     ranges = key_chunks(start, segments, queries, keys, sizes)
     grid, layout = specs(attention, batch, queries, keys, sizes)
     packed = () if segments is None else (segments, segments)
