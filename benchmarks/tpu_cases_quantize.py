@@ -6,6 +6,7 @@ from jax import Array
 
 from benchmarks.tpu_case import Case
 from pallas_kernels.block_scaled import num_blocks
+from pallas_kernels.normalize import Norm
 from pallas_kernels.quantize import ScaleFormat, quantize_activations, quantize_weight, swiglu_quantize
 
 ROWS = (8, 128, 4096)
@@ -50,7 +51,7 @@ def _plain(rows: int, depth: int, scale_fmt: ScaleFormat) -> Case:
 def _normed(rows: int) -> Case:
     def call(x: Array, weight: Array, layer: Array) -> tuple[Array, Array]:
         return quantize_activations(
-            x, scale_fmt=None, norm_weight=weight, norm_layer=layer, implementation="pallas"
+            x, scale_fmt=None, norm=Norm(weight, 1e-6), layer=layer, implementation="pallas"
         )
 
     return Case(

@@ -1,7 +1,10 @@
 """Stacks of weights with a layer index, as the TPU kernels take them."""
 
+from typing import Any
+
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.experimental import pallas as pl
 
 from pallas_kernels.block_scaled import BlockScaled, Weight
 
@@ -17,6 +20,26 @@ def stacked(array: Array, layer: Array | int | None, ndim: int) -> Array:
     if whole.ndim != ndim:
         raise ValueError(f"expected {ndim - 1} dimensions and one of layers, got shape {array.shape}")
     return whole
+
+
+ROW_GROUP = 8
+"""Layers of a stack of vectors that are read with the one in use: XLA would copy a stack of single rows first."""
+
+
+def vector_spec(stack: Array) -> pl.BlockSpec:
+    """Block of a stack [L, K] that holds the row of the layer; kernels take it out with `row_of_layer`.
+
+    Its index map ignores all grid positions and expects the layer index as the only prefetched scalar.
+    """
+    rows = min(ROW_GROUP, stack.shape[0])
+    return pl.BlockSpec((rows, stack.shape[1]), lambda *indices: (indices[-1][0] // rows, 0))
+
+
+def row_of_layer(group: Any, layer: Array) -> Array:
+    """float32 [1, K]: the row of `layer` in a block of `vector_spec`, as a sum, since packed rows have no address."""
+    rows = group[...].astype(jnp.float32)
+    is_it = lax.broadcasted_iota(jnp.int32, rows.shape, 0) == layer % rows.shape[0]
+    return jnp.sum(jnp.where(is_it, rows, 0), axis=0, keepdims=True)
 
 
 def float_values(weight: Weight) -> Array:

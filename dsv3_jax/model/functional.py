@@ -247,7 +247,9 @@ def _chunk(model: DeepseekV3, cache: Cache, start: Array, lengths: Array, num_to
     return Chunk(rope=rope, start=start, counts=lengths, lengths=attended)
 
 
-def _decode_chunk(model: DeepseekV3, cache: Cache, num_tokens: int, live: Array | None) -> tuple[Chunk, Array]:
+def _decode_chunk(
+    model: DeepseekV3, cache: Cache, num_tokens: int, live: Array | None
+) -> tuple[Chunk, Array]:
     """The chunk of `num_tokens` new tokens a row, and the cache's lengths after it."""
     live = jnp.ones(cache.lengths.shape, bool) if live is None else live
     added = jnp.where(live, num_tokens, 0)

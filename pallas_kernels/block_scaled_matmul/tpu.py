@@ -20,7 +20,7 @@ from pallas_kernels.chip import chip, compiler_params, interpret
 from pallas_kernels.gradient import with_gradient_of
 from pallas_kernels.normalize import Norm, normalize, rms_norm
 from pallas_kernels.quantize import quantize_activations
-from pallas_kernels.stack import float_values, layer_index, stacked
+from pallas_kernels.stack import float_values, layer_index, row_of_layer, stacked, vector_spec
 
 MAX_ROWS = 512
 """Rows that are kept in VMEM; more are taken in turns against every block of the weight."""
@@ -59,9 +59,7 @@ def _by_reference(
     scale_fmt: str | None,
     out_dtype: jnp.dtype,
 ) -> Array:
-    return reference.block_scaled_matmul(
-        x, weights, layer, activations, scale_fmt, norm, residual, out_dtype
-    )
+    return reference.block_scaled_matmul(x, weights, layer, activations, scale_fmt, norm, residual, out_dtype)
 
 
 def _forward(
@@ -77,12 +75,15 @@ def _forward(
     num_columns = weights[0].shape[-2]
     rows, row_scales = x.reshape(-1, x.shape[-1]), None
     quantized = activations == "float8" and isinstance(weights[0], BlockScaled)
-    if norm is not None and (quantized or rows.shape[0] > MAX_ROWS):
-        rows, norm = rms_norm(rows, norm, layer), None
     if quantized:
-        rows, row_scales = quantize_activations(rows, scale_fmt=scale_fmt)
+        rows, row_scales = quantize_activations(
+            rows, scale_fmt=scale_fmt, norm=norm, layer=layer, implementation="pallas"
+        )
+        norm = None
         if not chip().native_float8:
             rows = rows.astype(jnp.bfloat16)
+    if norm is not None and rows.shape[0] > MAX_ROWS:
+        rows, norm = rms_norm(rows, norm, layer), None
     flat_residual = None if residual is None else residual.reshape(-1, num_columns)
     out = _call(rows, row_scales, weights, layer, norm, flat_residual, out_dtype)
     return out.reshape(*x.shape[:-1], num_columns)
@@ -145,33 +146,34 @@ def _call(
         # With an odd number of blocks for two cores the last one is made twice.
         return jnp.minimum(core * blocks.turns + turn, last)
 
-    operands, specs, vmem = [x], [pl.BlockSpec((blocks.rows, depth), lambda c, n, m, _: (m, 0))], 0
+    operands, specs = [x], [pl.BlockSpec((blocks.rows, depth), lambda c, n, m, _: (m, 0))]
     if row_scales is not None:
         operands.append(row_scales)
         specs.append(pl.BlockSpec((blocks.rows, row_scales.shape[1]), lambda c, n, m, _: (m, 0)))
     if norm is not None:
-        operands.append(stacked(norm.weight, layer, 2)[:, None])
-        specs.append(pl.BlockSpec((1, 1, depth), lambda c, n, m, l: (l[0], 0, 0)))
+        operands.append(stacked(float_values(norm.weight), layer, 2))
+        specs.append(vector_spec(operands[-1]))
     for weight, value in zip(weights, values, strict=True):
         operands.append(value)
         specs.append(
-            pl.BlockSpec((1, blocks.columns, depth), lambda c, n, m, l: (l[0], column_block(c, n), 0))
+            pl.BlockSpec((1, blocks.columns, depth), lambda c, n, m, index: (index[0], column_block(c, n), 0))
         )
         if isinstance(weight, BlockScaled):
             operands.append(stacked(weight.scales, layer, 3))
             specs.append(
                 pl.BlockSpec(
-                    (1, *weight.scales.shape[-2:]), lambda c, n, m, l: (l[0], 0, 0), memory_space=pltpu.SMEM
+                    (1, *weight.scales.shape[-2:]),
+                    lambda c, n, m, index: (index[0], 0, 0),
+                    memory_space=pltpu.SMEM,
                 )
             )
     tile_spec = pl.BlockSpec((blocks.rows, blocks.columns), lambda c, n, m, _: (m, column_block(c, n)))
     if residual is not None:
         operands.append(residual)
         specs.append(tile_spec)
-    vmem = 2 * blocks.rows * depth * x.dtype.itemsize + 2 * blocks.columns * depth * sum(
-        v.dtype.itemsize for v in values
-    )
-    vmem += 6 * blocks.rows * blocks.columns * 4
+    # x, result and residual twice, for the pipeline, and x once more where it is normed here.
+    row_bytes = (2 + (norm is not None)) * depth * x.dtype.itemsize + 16 * blocks.columns
+    vmem = blocks.rows * row_bytes + 2 * blocks.columns * depth * sum(v.dtype.itemsize for v in values)
     scratch = [] if norm is None else [pltpu.VMEM((blocks.rows, depth), x.dtype)]
     kernel = functools.partial(
         _kernel,
@@ -222,7 +224,7 @@ def _kernel(
 
         @pl.when(pl.program_id(1) == 0)
         def _() -> None:
-            normed[...] = normalize(x[...], norm_weight[0], eps)
+            normed[...] = normalize(x[...], row_of_layer(norm_weight, layer[0]), eps)
 
         x = normed
     first = column_block(pl.program_id(0), pl.program_id(1)) * (blocks.columns // BLOCK)
@@ -230,7 +232,9 @@ def _kernel(
     def tile(rows: Any, column: Array | int, width: int) -> None:
         block = first + column // BLOCK
         products = [multiply_tile(x, row_scales, w, rows, column, width, block) for w in operands]
-        parts = products[0] if num_weights == 1 else [jax.nn.silu(g) * u for g, u in zip(*products, strict=True)]
+        parts = (
+            products[0] if num_weights == 1 else [jax.nn.silu(g) * u for g, u in zip(*products, strict=True)]
+        )
         for i, part in enumerate(parts):
             lanes = pl.ds(column + i * BLOCK, part.shape[-1])
             if residual is not None:

@@ -36,7 +36,13 @@ class Operand:
 
 
 def multiply_tile(
-    x: Any, x_scales: Any | None, weight: Operand, rows: Any, column: Array | int, width: int, first_block: Array
+    x: Any,
+    x_scales: Any | None,
+    weight: Operand,
+    rows: Any,
+    column: Array | int,
+    width: int,
+    first_block: Array,
 ) -> list[Array]:
     """x[rows] times columns `column : column + width` of the transposed weight block.
 

@@ -66,7 +66,7 @@ def _forward(
     row_scales = None
     out_dtype = x.dtype
     if activations == "float8" and isinstance(weights[0], BlockScaled):
-        x, row_scales = quantize_activations(x, scale_fmt=scale_fmt)
+        x, row_scales = quantize_activations(x, scale_fmt=scale_fmt, implementation="pallas")
         if not chip().native_float8:
             x = x.astype(jnp.bfloat16)
     num_rows, depth = x.shape
@@ -90,7 +90,9 @@ def _forward(
     if row_scale is not None:
         operands.append(row_scale.astype(jnp.float32)[:, None])
         specs.append(pl.BlockSpec((tile, 1), rows_index))
-    vmem = 2 * (tile * depth * x.dtype.itemsize + columns * bytes_a_column + tile * columns * out_dtype.itemsize)
+    vmem = 2 * (
+        tile * depth * x.dtype.itemsize + columns * bytes_a_column + tile * columns * out_dtype.itemsize
+    )
     last_tile = -(-num_rows // tile) - 1
     kernel = functools.partial(
         _kernel,
@@ -151,7 +153,9 @@ def scale_index(n: Any, v: Any, layer: Any, group: Any, tile: Any, count: Any, s
     return layer[0], group[v], 0, 0
 
 
-def out_index(n: Any, v: Any, layer: Any, group: Any, tile: Any, count: Any, starts: Any, last_tile: int) -> Index:
+def out_index(
+    n: Any, v: Any, layer: Any, group: Any, tile: Any, count: Any, starts: Any, last_tile: int
+) -> Index:
     """Block of the result."""
     return out_tile(v, tile, count, last_tile), n
 
@@ -195,7 +199,9 @@ def _kernel(
         rows = pl.ds(start, chunk)
         block = n * (columns // BLOCK) + column // BLOCK
         products = [multiply_tile(x, row_scales, w, rows, column, width, block) for w in operands]
-        parts = products[0] if num_weights == 1 else [jax.nn.silu(g) * u for g, u in zip(*products, strict=True)]
+        parts = (
+            products[0] if num_weights == 1 else [jax.nn.silu(g) * u for g, u in zip(*products, strict=True)]
+        )
         row = tile[v] * tile_rows + start + lax.broadcasted_iota(jnp.int32, (chunk, 1), 0)
         inside = (row >= starts[group[v]]) & (row < starts[group[v] + 1])
         for j, part in enumerate(parts):

@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.block_scaled import BLOCK, BlockScaled, Weight
-from pallas_kernels.chip import chip, compiler_params, interpret
+from pallas_kernels.chip import compiler_params, interpret
 from pallas_kernels.rotary import rotate_by_matmul
 from pallas_kernels.stack import float_values, layer_index, stacked
 
@@ -103,15 +103,17 @@ def _halves(
     by_half = values.reshape(values.shape[0], heads, 2, -1, rank)
     block = (1, size, 1, by_half.shape[3], rank)
     operands = [by_half]
-    specs = [pl.BlockSpec(block, lambda h, m, l: (l[0], h, half, 0, 0))]
+    specs = [pl.BlockSpec(block, lambda h, m, index: (index[0], h, half, 0, 0))]
     if isinstance(kv_b, BlockScaled):
         operands.append(stacked(kv_b.scales, layer, 3))
         scale_block = (1, *kv_b.scales.shape[-2:])
-        specs.append(pl.BlockSpec(scale_block, lambda h, m, l: (l[0], 0, 0), memory_space=pltpu.SMEM))
+        specs.append(pl.BlockSpec(scale_block, lambda h, m, index: (index[0], 0, 0), memory_space=pltpu.SMEM))
     return operands, specs
 
 
-def _absorb_kernel(layer: Any, q: Any, rope: Any, *refs: Any, dims: HeadDims, size: int, scaled: bool) -> None:
+def _absorb_kernel(
+    layer: Any, q: Any, rope: Any, *refs: Any, dims: HeadDims, size: int, scaled: bool
+) -> None:
     weight, scales = refs[0], refs[1] if scaled else None
     latent_out, rope_out = refs[-2:]
     nope, width = dims.qk_nope_head_dim, dims.qk_nope_head_dim + dims.qk_rope_head_dim

@@ -6,6 +6,7 @@ from jax import Array
 
 from pallas_kernels.block_scaled import BlockScaled
 from pallas_kernels.implementation import choose
+from pallas_kernels.normalize import Norm
 from pallas_kernels.quantize import reference, tpu, tpu_weight
 from pallas_kernels.quantize.plan import unsupported
 
@@ -25,15 +26,14 @@ def quantize_activations(
     x: Array,
     *,
     scale_fmt: ScaleFormat = None,
-    norm_weight: Array | None = None,
-    norm_layer: Array | int | None = None,
-    norm_eps: float = 1e-6,
+    norm: Norm | None = None,
+    layer: Array | int | None = None,
     implementation: str | None = None,
 ) -> tuple[Array, Array]:
     """Quantises every row in blocks of 128 consecutive channels (`act_quant` of the release's kernel.py).
 
     The scale of a block is max(max|x|, 1e-4) / 448, rounded up to a power of two for "ue8m0"; values are rounded to
-    nearest even. A short last block is treated alone. With `norm_weight` x passes an RMSNorm first.
+    nearest even. A short last block is treated alone. With `norm` x passes an RMSNorm first.
 
     A compiled TPU kernel divides by multiplying with a reciprocal: float32 scales may be an ulp off the definition, and
     a value whose quotient lies within two ulps of the middle between two FP8 values may take the other one.
@@ -41,17 +41,15 @@ def quantize_activations(
     Args:
         x: [..., K], any float type.
         scale_fmt: None for float32 scales, "ue8m0" for powers of two.
-        norm_weight: [L, K] with `norm_layer`, [K] without.
-        norm_layer: index into the stack of norm weights, a scalar, possibly traced.
-        norm_eps: of the RMSNorm: its statistics are float32, its result is rounded to x's dtype before the weight
-            multiplies.
+        norm: RMSNorm in front; its weight [L, K] with `layer`, [K] without.
+        layer: index into the stack of norm weights, a scalar, possibly traced.
 
     Returns:
         float8_e4m3fn [..., K] and float32 [..., ceil(K / 128)].
     """
     implementations = {"reference": reference.quantize_activations, "pallas": tpu.quantize_activations}
     function = choose("quantize_activations", implementation, implementations, unsupported(x))
-    return function(x, scale_fmt, norm_weight, norm_layer, norm_eps)
+    return function(x, scale_fmt, norm, layer)
 
 
 def swiglu_quantize(

@@ -13,12 +13,11 @@ from pallas_kernels.quantize.rounding import float8_scales, round_to_float8
 def quantize_activations(
     x: Array,
     scale_fmt: str | None,
-    norm_weight: Array | None = None,
-    norm_layer: Array | int | None = None,
-    norm_eps: float = 1e-6,
+    norm: Norm | None = None,
+    layer: Array | int | None = None,
 ) -> tuple[Array, Array]:
-    if norm_weight is not None:
-        x = rms_norm(x, Norm(norm_weight, norm_eps), norm_layer)
+    if norm is not None:
+        x = rms_norm(x, norm, layer)
     blocks = _pad_to_blocks(x.astype(jnp.float32), (-1,))
     scales = float8_scales(jnp.max(jnp.abs(blocks), axis=-1), scale_fmt)
     values = round_to_float8(blocks, scales[..., None])

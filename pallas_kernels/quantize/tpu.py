@@ -12,6 +12,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.block_scaled import BLOCK, num_blocks
 from pallas_kernels.chip import compiler_params, interpret
+from pallas_kernels.normalize import Norm
 from pallas_kernels.quantize.plan import CHUNK, block_rows
 from pallas_kernels.quantize.rounding import float8_scales, round_to_float8
 from pallas_kernels.stack import float_values, layer_index, stacked
@@ -29,15 +30,14 @@ Columns = Callable[[Any, Any], Array]
 def quantize_activations(
     x: Array,
     scale_fmt: str | None,
-    norm_weight: Array | None,
-    norm_layer: Array | int | None,
-    norm_eps: float,
+    norm: Norm | None,
+    layer: Array | int | None,
 ) -> tuple[Array, Array]:
-    if norm_weight is None:
+    if norm is None:
         return _call(_plain, "dsv3_quantize_activations", [x], None, None, scale_fmt)
-    kernel = functools.partial(_normed, eps=norm_eps)
-    weights = stacked(float_values(norm_weight), norm_layer, 2)
-    return _call(kernel, "dsv3_quantize_rms_norm", [x], weights, norm_layer, scale_fmt)
+    kernel = functools.partial(_normed, eps=norm.eps)
+    weights = stacked(float_values(norm.weight), layer, 2)
+    return _call(kernel, "dsv3_quantize_rms_norm", [x], weights, layer, scale_fmt)
 
 
 def swiglu_quantize(gate: Array, up: Array, scale_fmt: str | None) -> tuple[Array, Array]:

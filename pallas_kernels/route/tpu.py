@@ -11,17 +11,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.chip import compiler_params, interpret
+from pallas_kernels.gradient import with_gradient_of
 from pallas_kernels.normalize import Norm
+from pallas_kernels.route import reference
 from pallas_kernels.route.rule import Routed, Rule
 from pallas_kernels.route.tpu_choose import choose_columns
-from pallas_kernels.stack import float_values, layer_index, stacked
+from pallas_kernels.stack import ROW_GROUP, float_values, layer_index, row_of_layer, stacked
 
 LANES = 128
 NORM_ROWS = 16
 """Rows normalised at once; of as many as 128 the compiler would keep all intermediate values in VMEM."""
-
-LAYER_TILE = 8
-"""Layers of a norm or bias that are read with the one in use: a stack with rows of its own would first be copied."""
 
 NT = (((1,), (1,)), ((), ()))
 
@@ -65,6 +64,21 @@ def route(
     x: Array, weight: Array, bias: Array | None, layer: Array | int | None, rule: Rule, norm: Norm | None
 ) -> Routed:
     """Arguments as of the public function."""
+
+    def by_reference(
+        x: Array, weight: Array, bias: Array | None, layer: Array | None, norm: Norm | None
+    ) -> Routed:
+        return reference.route(x, weight, bias, layer, rule, norm)
+
+    def kernel(x: Array, weight: Array, bias: Array | None, layer: Array | None, norm: Norm | None) -> Routed:
+        return _forward(x, weight, bias, layer, rule, norm)
+
+    return with_gradient_of(by_reference, kernel)(x, weight, bias, layer, norm)
+
+
+def _forward(
+    x: Array, weight: Array, bias: Array | None, layer: Array | int | None, rule: Rule, norm: Norm | None
+) -> Routed:
     num_rows, hidden_size = x.shape
     values = stacked(float_values(weight), layer, 3)
     num_experts = values.shape[1]
@@ -74,7 +88,7 @@ def route(
     def of_rows(width: int) -> pl.BlockSpec:
         return pl.BlockSpec((rows, width), lambda m, h, _: (m, 0))
 
-    layers = min(LAYER_TILE, values.shape[0])
+    layers = min(ROW_GROUP, values.shape[0])
     operands = [x, values]
     specs = [
         of_rows(hidden_size),
@@ -138,7 +152,7 @@ def _kernel(
         def _() -> None:
             _root_mean_squares(x, eps, inverse)
 
-        _normalize(x, columns, inverse, _of_layer(norm_weight, layer), normed)
+        _normalize(x, columns, inverse, row_of_layer(norm_weight, layer[0]), normed)
         part = _dot(normed[...], weight[0])
 
     @pl.when(step == 0)
@@ -155,17 +169,10 @@ def _kernel(
         # Experts go along sublanes in columns of 128 tokens; those of no token hold anything and touch no other.
         tokens = slice(0, x.shape[0])
         scored[tokens] = scores[...]
-        choice[tokens] = scores[...] if bias is None else scores[...] + _of_layer(bias, layer)
+        choice[tokens] = scores[...] if bias is None else scores[...] + row_of_layer(bias, layer[0])
         chosen, combined = choose_columns(choice[...].T, scored[...].T, rule)
         ids[...] = chosen.T[tokens]
         weights[...] = combined.T[tokens]
-
-
-def _of_layer(stack: Any, layer: Any) -> Array:
-    """float32 [1, width], the row in use of a block of layers."""
-    rows = stack[...].astype(jnp.float32)
-    is_it = lax.broadcasted_iota(jnp.int32, rows.shape, 0) == layer[0] % rows.shape[0]
-    return jnp.sum(jnp.where(is_it, rows, 0), axis=0, keepdims=True)
 
 
 def _root_mean_squares(x: Any, eps: float, inverse: Any) -> None:

@@ -25,7 +25,9 @@ def rows(count: int, depth: int, dtype: str = "float32") -> jax.Array:
 
 
 def compare(function, tolerance: float = TOLERANCE) -> np.ndarray:
-    expected, got = (np.asarray(jax.jit(lambda i=i: function(i))(), np.float64) for i in ("reference", "pallas"))
+    expected, got = (
+        np.asarray(jax.jit(lambda i=i: function(i))(), np.float64) for i in ("reference", "pallas")
+    )
     np.testing.assert_allclose(got, expected, rtol=0, atol=tolerance * max(np.abs(expected).max(), 1e-9))
     return got
 

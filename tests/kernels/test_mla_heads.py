@@ -63,7 +63,9 @@ def test_reference_takes_heads_of_any_size(heads: int, nope: int, value: int, ra
 
 def test_kernel_says_which_heads_it_does_not_take() -> None:
     weight = quantize_weight(jnp.asarray(random(2 * 64, 128)))
-    with pytest.raises(ValueError, match="absorb_queries: the Pallas kernel does not take heads of 40 and 24"):
+    with pytest.raises(
+        ValueError, match="absorb_queries: the Pallas kernel does not take heads of 40 and 24"
+    ):
         absorb_queries(
             jnp.ones((1, 96)), jnp.ones((1, 8)), weight, HeadDims(40, 8, 24), implementation="pallas"
         )

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pallas_kernels.normalize import Norm
 from pallas_kernels.quantize import quantize_activations, quantize_weight, swiglu_quantize
 from tests.kernels.definitions import quantise_rows, silu
 
@@ -53,9 +54,8 @@ def test_norm_in_front(rows: int, columns: int, dtype: str) -> None:
     def quantized(implementation: str) -> tuple[np.ndarray, np.ndarray]:
         values, scales = quantize_activations(
             x,
-            norm_weight=weight,
-            norm_layer=jnp.int32(9),
-            norm_eps=1e-5,
+            norm=Norm(weight, 1e-5),
+            layer=jnp.int32(9),
             scale_fmt=None,
             implementation=implementation,
         )
@@ -102,7 +102,7 @@ def test_layers_of_a_scan_and_leading_dimensions() -> None:
 
     def layer(carry: int, index: jax.Array) -> tuple[int, tuple[jax.Array, jax.Array]]:
         return carry, quantize_activations(
-            x, scale_fmt=None, norm_weight=weight, norm_layer=index, implementation="pallas"
+            x, scale_fmt=None, norm=Norm(weight, 1e-6), layer=index, implementation="pallas"
         )
 
     _, (values, scales) = jax.jit(lambda: jax.lax.scan(layer, 0, jnp.arange(3)))()
@@ -110,7 +110,7 @@ def test_layers_of_a_scan_and_leading_dimensions() -> None:
     assert scales.shape == (3, 2, 3, 2)
     for i in range(3):
         _, expected = quantize_activations(
-            x, scale_fmt=None, norm_weight=weight[i], implementation="reference"
+            x, scale_fmt=None, norm=Norm(weight[i], 1e-6), implementation="reference"
         )
         np.testing.assert_allclose(np.asarray(scales[i]), np.asarray(expected), rtol=2.0**-7)
 

@@ -186,3 +186,39 @@ def test_refuses(change: dict, message: str) -> None:
     t = tensors(2, 32, 24)
     with pytest.raises(ValueError, match=message):
         route(t["x"], t["weight"], t["bias"], layer=0, **rule)
+
+
+def test_gradients_are_those_of_the_reference() -> None:
+    x, weight, norm = (
+        jax.random.normal(jax.random.key(i), s) for i, s in enumerate([(5, 40), (8, 40), (40,)])
+    )
+
+    def loss(x: jax.Array, weight: jax.Array, norm: jax.Array, implementation: str) -> jax.Array:
+        routed = route(
+            x,
+            weight,
+            None,
+            top_k=2,
+            n_group=2,
+            topk_group=1,
+            group_score="top2",
+            scoring="sigmoid",
+            normalize=True,
+            scale=2.5,
+            norm=Norm(norm, 1e-6),
+            implementation=implementation,
+        )
+        assert routed.normed is not None
+        return (
+            jnp.sum(routed.weights**2 * jnp.array([1.0, 3.0]))
+            + jnp.sum(routed.scores)
+            + jnp.sum(routed.normed)
+        )
+
+    expected, got = (
+        jax.grad(lambda *args, i=i: loss(*args, i), argnums=(0, 1, 2))(x, weight, norm)
+        for i in ("reference", "pallas")
+    )
+    for a, b in zip(expected, got, strict=True):
+        assert float(jnp.abs(a).max()) > 0
+        np.testing.assert_allclose(b, a, rtol=0, atol=1e-5 * float(jnp.abs(a).max()))

@@ -40,7 +40,10 @@ def test_rule_of_a_config(config: ModelConfig, shift: float | None) -> None:
     bias = None if shift is None else np.linspace(0, 0.3, EXPERTS, dtype=np.float32) + np.float32(shift)
     # The identity as the router's weight: what goes in are the logits.
     routed = route(
-        jnp.asarray(logits), jnp.eye(EXPERTS), None if bias is None else jnp.asarray(bias), **routing_rule(config)
+        jnp.asarray(logits),
+        jnp.eye(EXPERTS),
+        None if bias is None else jnp.asarray(bias),
+        **routing_rule(config),
     )
     scores = np.asarray(routed.scores)
     exponents = np.exp(logits)
