@@ -81,14 +81,18 @@ def kernel(*arguments: Any, plan: Plan, eps: float, paged: bool, scaled: bool) -
     def for_windows(action: Callable[[Window, Array, Array], None]) -> list[Array]:
         """Calls action(window, row, row of this step) for all; returns how many are written, of each array."""
 
-        def step(i: Array, totals: list[Array]) -> list[Array]:
+        def step(i: Array, total: Array) -> Array:
             row = first_row + i
             for window in _windows(plan, refs, row, i):
                 action(window, row, i)
-                totals = [t + w.astype(jnp.int32) for t, w in zip(totals, window.written, strict=False)]
-            return totals
+                # Both counts in one number: a core has few scalar registers.
+                total += window.written[0].astype(jnp.int32)
+                if scaled:
+                    total += window.written[1].astype(jnp.int32) << 16
+            return total
 
-        return lax.fori_loop(0, plan.rows, step, [jnp.int32(0)] * (1 + scaled))
+        total = lax.fori_loop(0, plan.rows, step, jnp.int32(0))
+        return [total & 0xFFFF, total >> 16][: 1 + scaled]
 
     totals = for_windows(lambda window, row, i: _start(refs, plan, window, READS))
     _load_operands(refs, plan, first_row)
