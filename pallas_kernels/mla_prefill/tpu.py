@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from pallas_kernels.mla_prefill.blocks import LANES, Attention
 from pallas_kernels.mla_prefill.tpu_forward import forward
@@ -44,7 +44,7 @@ def mla_prefill(
     attention = Attention(padded, min(padded, 2), q_nope.shape[-1], k_rope.shape[-1], v.shape[-1], scale)
     start = jnp.zeros(batch, jnp.int32) if start is None else start
     segments = None if segment_ids is None else segment_ids[:, None]
-    arrays = (_side_by_side(q_nope), _side_by_side(q_rope), _side_by_side(k_nope), k_rope, _side_by_side(v))
+    arrays = _alike(*(_side_by_side(x) for x in (q_nope, q_rope, k_nope)), k_rope, _side_by_side(v))
     out: Array = _attend(attention, arrays, start, segments)
     return out.reshape(batch, length, padded, -1)[:, :, :heads, :width]
 
@@ -60,6 +60,19 @@ def _pad(x: Array, multiple: int, axis: int) -> Array:
 def _side_by_side(x: Array) -> Array:
     """[B, T, H, D] -> [B, T, H * D]."""
     return x.reshape(*x.shape[:2], -1)
+
+
+def _alike(*arrays: Array) -> tuple[Array, ...]:
+    """Arrays which all differ over the mesh axes over which any does, under a `shard_map` that keeps track of it.
+
+    What was the same on all devices (k_rope, where they have a part of the heads each) gets the sum of the derivatives.
+    """
+    varying = [jax.typeof(x).manual_axis_type.varying for x in arrays]
+    axes = frozenset[str]().union(*varying)
+    return tuple(
+        lax.pcast(x, tuple(axes - own), to="varying") if own != axes else x
+        for x, own in zip(arrays, varying, strict=True)
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -85,7 +85,7 @@ def documents(length: int) -> Array:
 @pytest.mark.parametrize(
     "queries, heads, widths, packed, dtype",
     [
-        (300, 2, (128, 64, 128), False, "bfloat16"),
+        (140, 2, (128, 64, 128), False, "bfloat16"),
         (200, 1, (128, 64, 128), True, "float32"),
         (9, 3, (24, 8, 40), False, "float32"),
     ],
@@ -114,7 +114,7 @@ def test_derivatives(
 
 
 def test_derivatives_behind_a_prefix_are_zero_where_no_query_looks() -> None:
-    queries, prefix, keys = 130, 150, 300
+    queries, prefix, keys = 130, 150, 330
     start = jnp.asarray([prefix], jnp.int32)
     clean = arguments(1, queries, keys, 2, (128, 64, 128), "float32")
     spoilt = plant_nan(clean, [prefix + queries])
@@ -148,7 +148,7 @@ def test_under_shard_map_with_heads_split() -> None:
         close(got, expected, FLOAT32)
 
 
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=12, deadline=None, derandomize=True)
 @given(
     queries=st.integers(1, 700),
     prefixes=st.lists(st.integers(0, 400), min_size=1, max_size=3),
