@@ -1,5 +1,6 @@
 """`mla_decode`: attention of a few new tokens to the latent cache, in the absorbed form."""
 
+import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels.implementation import choose
@@ -39,13 +40,13 @@ def mla_decode(
         q_latent: [B, Q, H, kv_lora_rank], queries multiplied by the key half of kv_b_proj.
         q_rope: [B, Q, H, Dr], rotated.
         cache: [L, B, S, W], W = `cache_width(kv_lora_rank, Dr)`, or with a page table [L, P, page_size, W]; the new
-            tokens are in it already. bfloat16, float32, or float8_e4m3fn with `cache_scales`.
+            tokens are in it already. bfloat16, float32 or float8_e4m3fn.
         lengths: int32 [B], entries of each row that count, the new ones included; 0 for a row that is not in use.
             Entries beyond do not enter the result, whatever they hold; the kernel does not even read their pages.
         scale: factor of the scores.
         layer: index into the cache, a scalar, possibly traced.
-        cache_scales: float32 [L, B, 1, S], or [L, P, 1, page_size]: the value of an entry is what the cache holds times
-            the scale of its token.
+        cache_scales: float32 [L, B, 1, S], or [L, P, 1, page_size], for a float8_e4m3fn cache: the value of an
+            entry is what the cache holds times the scale of its token.
         page_table: int32 [B, pages_a_row]: token t of row b is entry t % page_size of page
             `page_table[b, t // page_size]`. Elements beyond a row's tokens may hold anything.
         implementation: "pallas", "reference", or None for the platform's own.
@@ -55,13 +56,13 @@ def mla_decode(
         of a sequence are combined (`combine`). A query that sees no entry has result 0 and log-sum-exp -inf.
 
     Raises:
-        ValueError: the implementation does not exist here or does not take these arguments, or only one of
-            an FP8 cache and its scales was given.
+        ValueError: the implementation does not exist here or does not take these arguments, or the cache is not
+            of a type that has scales.
     """
-    if (cache.dtype.itemsize == 1) != (cache_scales is not None):
-        raise ValueError(
-            f"mla_decode: a cache of {cache.dtype} {'without' if cache_scales is None else 'with'} scales"
-        )
+    if cache_scales is not None and cache.dtype not in (jnp.float8_e4m3fn, jnp.uint8):
+        raise ValueError(f"mla_decode: scales for a cache of {cache.dtype}; expected float8_e4m3fn")
+    if cache_scales is None and cache.dtype == jnp.uint8:
+        raise ValueError("mla_decode: a cache of bit patterns of float8_e4m3fn without scales")
     function = choose(
         "mla_decode",
         implementation,

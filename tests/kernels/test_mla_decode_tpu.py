@@ -103,7 +103,7 @@ def make_inputs(
 
 
 @given(data=st.data())
-@settings(max_examples=6, deadline=None, derandomize=True)
+@settings(max_examples=5, deadline=None, derandomize=True)
 def test_short_rows(data: st.DataObject) -> None:
     """Rows of every kind of length, among them empty ones and some shorter than the number of queries."""
     dtype = data.draw(st.sampled_from(["float32", "bfloat16", "float8_e4m3fn"]))
@@ -133,16 +133,18 @@ def test_many_blocks(cache_dtype: str, page_size: int) -> None:
     ).check()
 
 
-@pytest.mark.parametrize(("heads", "queries"), [(128, 1), (128, 2), (96, 3), (16, 3)])
+@pytest.mark.parametrize(("heads", "queries"), [(128, 1), (96, 3)])
 def test_many_query_rows(heads: int, queries: int) -> None:
-    """One group of query rows, full and not, and several."""
+    """One group of query rows, and several with padding."""
     make_inputs([1030, 77], heads=heads, queries=queries, capacity=1152, page_size=64).check()
 
 
-@pytest.mark.parametrize("query_dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("cache_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("query_dtype", "cache_dtype"),
+    [("float32", "bfloat16"), ("bfloat16", "float32"), ("float32", "float8_e4m3fn")],
+)
 def test_types_of_query_and_cache(query_dtype: str, cache_dtype: str) -> None:
-    inputs = make_inputs([5, 250], heads=2, cache_dtype=cache_dtype, query_dtype=query_dtype)
+    inputs = make_inputs([250], heads=2, cache_dtype=cache_dtype, query_dtype=query_dtype)
     inputs.check()
     out, lse = jax.eval_shape(
         lambda: mla_decode(
@@ -153,6 +155,7 @@ def test_types_of_query_and_cache(query_dtype: str, cache_dtype: str) -> None:
             scale=SCALE,
             layer=0,
             implementation="pallas",
+            **inputs.options,
         )
     )
     assert (out.dtype, lse.dtype) == (jnp.dtype(query_dtype), jnp.float32)
