@@ -76,13 +76,13 @@ class Row:
         return f"| {' | '.join(cells)} |"
 
 
-def compile_for(chip: str, kernel_prefix: str, label_part: str) -> Iterator[Row]:
+def compile_for(chip: str, kernel_prefix: str, label_pattern: str) -> Iterator[Row]:
     """Compiles the cases for one chip in a new process whose schedules are dumped."""
     with tempfile.TemporaryDirectory() as folder:
         dump = Path(folder) / "dump"
         dump.mkdir()
         command = [sys.executable, "-m", "benchmarks.tpu_compile", chip]
-        command += ["--kernels", kernel_prefix, "--labels", label_part, "--dump", str(dump)]
+        command += ["--kernels", kernel_prefix, "--labels", label_pattern, "--dump", str(dump)]
         environment = os.environ | {"JAX_PLATFORMS": "cpu"} | llo_dump_environment(dump)
         child = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
         assert child.stdout is not None
@@ -112,7 +112,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--chips", default=",".join(CHIPS), help="comma-separated; default: all")
     parser.add_argument("--kernels", default="", help="only kernels whose name begins so")
-    parser.add_argument("--labels", default="", help="only shapes whose label contains this")
+    parser.add_argument(
+        "--labels", default="", help="only shapes whose label matches this regular expression"
+    )
     options = parser.parse_args()
     chips = options.chips.split(",")
     rows = []
