@@ -1,7 +1,7 @@
 """The TPU that a kernel is compiled for, and what its kernels may use of it."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 from jax.experimental.pallas import tpu as pltpu
 
@@ -47,7 +47,9 @@ def interpret() -> Any:
     return False if target()[0] == "tpu" else pltpu.InterpretParams()
 
 
-def compiler_params(dimension_semantics: tuple[str, ...], vmem_bytes: int) -> pltpu.CompilerParams:
+def compiler_params(
+    dimension_semantics: tuple[Literal["parallel", "arbitrary"], ...], vmem_bytes: int
+) -> pltpu.CompilerParams:
     """Parameters of a kernel that uses `vmem_bytes` of VMEM, both buffers of every block counted.
 
     A limit is a reservation: above the default it is raised only as far as it is used, with an eighth for what the

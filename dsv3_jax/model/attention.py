@@ -148,7 +148,8 @@ class MLA(nnx.Module):
         )
         entries = self._write(x, norm, chunk, entries, layer, cache_layer)
         context, _ = mla_decode(
-            *(part.reshape(batch, length, *part.shape[1:]) for part in (q_latent, q_rope)),
+            q_latent.reshape(batch, length, *q_latent.shape[1:]),
+            q_rope.reshape(batch, length, *q_rope.shape[1:]),
             entries,
             chunk.lengths,
             scale=self.scale,

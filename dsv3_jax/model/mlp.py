@@ -99,7 +99,7 @@ class MoE(nnx.Module):
             [B, T, hidden_size], and the router's (ids [B * T, K], scores [B * T, E]).
         """
         rows = x.reshape(-1, x.shape[-1])
-        routed = self.gate.routed(rows, layer, norm)
+        routed, normed = self.gate.routed(rows, layer, norm)
         num_tokens, num_choices = routed.ids.shape
         num_experts = routed.scores.shape[-1]
         grouping = group_rows(
@@ -109,11 +109,11 @@ class MoE(nnx.Module):
             row_tile=row_tile(num_tokens * num_choices, num_experts),
             implementation=self.gate.implementation,
         )
-        out = self.experts.grouped(_take(routed.normed, grouping.tokens), grouping, layer)
+        out = self.experts.grouped(_take(normed, grouping.tokens), grouping, layer)
         chosen = _take(out, grouping.position).astype(jnp.float32)
         # Weighted here and not in the experts' kernel: that would first have to sort the weights as well.
         combined = (chosen * routed.weights[..., None]).sum(axis=1).astype(x.dtype)
-        total = self.shared_experts(routed.normed, layer) + combined
+        total = self.shared_experts(normed, layer) + combined
         return x + total.reshape(x.shape), (routed.ids, routed.scores)
 
 

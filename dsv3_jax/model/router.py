@@ -22,17 +22,17 @@ class Router(PlainLinear):
             self.e_score_correction_bias = make.zeros_float32((*stack, config.n_routed_experts))
         self.config = config
 
-    def routed(self, x: Array, layer: Layer, norm: Norm) -> Routed:
+    def routed(self, x: Array, layer: Layer, norm: Norm) -> tuple[Routed, Array]:
         """Routes tokens.
 
         Args:
             x: [M, hidden_size], before `norm`.
 
         Returns:
-            Expert ids [M, K], their weights [M, K], all scores [M, E], and the normed tokens.
+            Expert ids [M, K], their weights [M, K] and all scores [M, E]; and the normed tokens [M, hidden_size].
         """
         bias = self.e_score_correction_bias
-        return route(
+        routed = route(
             x,
             self.weight[...],
             None if bias is None else bias[...],
@@ -41,6 +41,8 @@ class Router(PlainLinear):
             implementation=self.implementation,
             **routing_rule(self.config),
         )
+        assert routed.normed is not None
+        return routed, routed.normed
 
 
 def routing_rule(config: ModelConfig) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from pallas_kernels.block_scaled_matmul.tpu_tile import TILE_COLUMNS, TILE_ROWS,
 from pallas_kernels.chip import chip, compiler_params, interpret
 from pallas_kernels.gradient import with_gradient_of
 from pallas_kernels.normalize import Norm, normalize, rms_norm
-from pallas_kernels.quantize import quantize_activations
+from pallas_kernels.quantize import ScaleFormat, quantize_activations
 from pallas_kernels.stack import float_values, layer_index, row_of_layer, stacked, vector_spec
 
 MAX_ROWS = 512
@@ -36,7 +36,7 @@ def block_scaled_matmul(
     weights: tuple[Weight, ...],
     layer: Array | int | None,
     activations: str,
-    scale_fmt: str | None,
+    scale_fmt: ScaleFormat,
     norm: Norm | None,
     residual: Array | None,
     out_dtype: jnp.dtype,
@@ -56,7 +56,7 @@ def _by_reference(
     norm: Norm | None,
     residual: Array | None,
     activations: str,
-    scale_fmt: str | None,
+    scale_fmt: ScaleFormat,
     out_dtype: jnp.dtype,
 ) -> Array:
     return reference.block_scaled_matmul(x, weights, layer, activations, scale_fmt, norm, residual, out_dtype)
@@ -69,7 +69,7 @@ def _forward(
     norm: Norm | None,
     residual: Array | None,
     activations: str,
-    scale_fmt: str | None,
+    scale_fmt: ScaleFormat,
     out_dtype: jnp.dtype,
 ) -> Array:
     num_columns = weights[0].shape[-2]
@@ -219,7 +219,7 @@ def _kernel(
     operands = [Operand(remaining.pop(0), remaining.pop(0) if scaled else None) for _ in range(num_weights)]
     residual = remaining.pop(0) if has_residual else None
     out = remaining.pop(0)
-    if norm_weight is not None:
+    if norm_weight is not None and eps is not None:
         normed = remaining.pop(0)
 
         @pl.when(pl.program_id(1) == 0)

@@ -21,7 +21,7 @@ from pallas_kernels.gradient import with_gradient_of
 from pallas_kernels.group_rows import Visits, plan_visits
 from pallas_kernels.grouped_matmul import reference
 from pallas_kernels.grouped_matmul.rows import chunk_rows, row_tile
-from pallas_kernels.quantize import quantize_activations
+from pallas_kernels.quantize import ScaleFormat, quantize_activations
 from pallas_kernels.stack import float_values, layer_index, stacked
 
 Index = tuple[Any, ...]
@@ -40,7 +40,7 @@ def grouped_matmul(
     row_scale: Array | None,
     layer: Array | int | None,
     activations: str,
-    scale_fmt: str | None,
+    scale_fmt: ScaleFormat,
 ) -> Array:
     """One matrix a group, or gate and up of SwiGLU; arguments as of the public functions."""
     if visits is None:
@@ -61,7 +61,7 @@ def _forward(
     row_scale: Array | None,
     layer: Array | int | None,
     activations: str,
-    scale_fmt: str | None,
+    scale_fmt: ScaleFormat,
 ) -> Array:
     row_scales = None
     out_dtype = x.dtype

@@ -121,14 +121,12 @@ def _absorb_kernel(
     for i in range(size):
         first = (pl.program_id(0) * size + i) * blocks_a_head
         head = q[:, i * width : (i + 1) * width]
-        total: Array | None = None
+        products = []
         for block in range(nope // BLOCK):
             rows = slice(block * BLOCK, (block + 1) * BLOCK)
             product = _dot(head[:, rows], weight[0, i, 0, rows, :], NN)
-            if scales is not None:
-                product = _scale_columns(product, scales, first + block)
-            total = product if total is None else total + product
-        latent_out[:, i, :] = total.astype(latent_out.dtype)
+            products.append(product if scales is None else _scale_columns(product, scales, first + block))
+        latent_out[:, i, :] = functools.reduce(jnp.add, products).astype(latent_out.dtype)
         rope_out[:, i, :] = rotate_by_matmul(head[:, nope:], rope[...])
 
 
@@ -146,15 +144,13 @@ def _values_kernel(layer: Any, context: Any, *refs: Any, dims: HeadDims, size: i
         for block in range(dims.v_head_dim // BLOCK):
             row = (pl.program_id(0) * size + i) * blocks_a_head + blocks_a_head // 2 + block
             rows = slice(block * BLOCK, (block + 1) * BLOCK)
-            total: Array | None = None
+            products = []
             for k in range(context.shape[-1] // BLOCK):
                 columns = slice(k * BLOCK, (k + 1) * BLOCK)
                 product = _dot(context[:, i, columns], weight[0, i, 0, rows, columns], NT)
-                if scales is not None:
-                    product = product * scales[0, row, k]
-                total = product if total is None else total + product
+                products.append(product if scales is None else product * scales[0, row, k])
             start = i * dims.v_head_dim + block * BLOCK
-            out[:, start : start + BLOCK] = total.astype(out.dtype)
+            out[:, start : start + BLOCK] = functools.reduce(jnp.add, products).astype(out.dtype)
 
 
 def _dot(x: Array, w: Array, dimensions: Any) -> Array:
