@@ -1,5 +1,6 @@
 """Programs of known cost: each takes a mesh and returns a function, its arguments and the options of jax.jit."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -10,15 +11,20 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dsv3_jax.config import named_config
+from dsv3_jax.config import ModelConfig, named_config
 from dsv3_jax.model import abstract_params
 from dsv3_jax.model.cache import init_cache
 from dsv3_jax.model.functional import decode_step
+from dsv3_jax.model.layout import row_major_scales
 from dsv3_jax.precision import Precision
 
 LAYERS, TOKENS, WIDTH = 4, 16, 12288
 """A layer's FP8 weight, 151 MB, is more than any VMEM holds."""
 UNROLLED, OUTER, INNER = 8, 3, 5
+V3_OF_TWO_LAYERS = dataclasses.replace(
+    named_config("deepseek-v3"), num_hidden_layers=2, first_k_dense_replace=1, num_nextn_predict_layers=0
+)
+V3_BATCH, V3_CONTEXT = 8, 8192
 Program = tuple[Any, tuple, dict[str, Any]]
 
 
@@ -284,13 +290,23 @@ def stacked_results(mesh: Mesh) -> Program:
     return lambda x: jax.lax.scan(step, x, jnp.arange(8.0))[1], arguments, {}
 
 
-def tiny_decode_step(mesh: Mesh) -> Program:
-    """The model's decode step, in FP8, at the size of the checkpoint that the package carries."""
-    config = named_config("tiny")
-    cache = jax.eval_shape(lambda: init_cache(config, 2, 64, "bfloat16"))
-    arguments = jax.tree.map(
+def _decode_step(mesh: Mesh, config: ModelConfig, batch: int, context: int) -> Program:
+    """The model's decode step, FP8 weights as they are loaded for a TPU, a BF16 cache."""
+    cache = jax.eval_shape(lambda: init_cache(config, batch, context, "bfloat16"))
+    params, tokens, cache = jax.tree.map(
         lambda a: array(mesh, a.shape, a.dtype),
-        (abstract_params(config, "float8"), jax.ShapeDtypeStruct((2,), jnp.int32), cache),
+        (abstract_params(config, "float8"), jax.ShapeDtypeStruct((batch,), jnp.int32), cache),
     )
     step = functools.partial(decode_step, config=config, precision=Precision(weights="float8"))
+    arguments = row_major_scales(params), tokens, cache
     return lambda params, tokens, cache: step(params, tokens, cache), arguments, {"donate_argnums": 2}
+
+
+def tiny_decode_step(mesh: Mesh) -> Program:
+    """At the size of the checkpoint that the package carries."""
+    return _decode_step(mesh, named_config("tiny"), 2, 64)
+
+
+def v3_decode_step(mesh: Mesh) -> Program:
+    """V3's sizes in all but depth: a dense layer, a layer of experts, embedding and head fit one chip."""
+    return _decode_step(mesh, V3_OF_TWO_LAYERS, V3_BATCH, V3_CONTEXT)
