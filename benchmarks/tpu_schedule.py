@@ -1,7 +1,8 @@
 """The TPU kernels at the real model's shapes, by the real compiler: `python -m benchmarks.tpu_schedule`.
 
 Compiles every case of tpu_cases.py for v5e, v5p, v6e and TPU7x, which need not be present (extra `tpu`), prints the
-figures and writes them to docs/tpu_schedule.md. `--chips v6e --kernels dsv3_mla_decode` does a part, and only prints.
+figures and writes them to docs/tpu_schedule.md. `--chips v6e --kernels dsv3_mla_decode` does a part, and with --update
+replaces the rows of that part in the document.
 """
 
 import argparse
@@ -53,7 +54,6 @@ class Row:
     kernel: str
     label: str
     chip: str
-    order: int
     error: str | None
     figures: Figures | None
 
@@ -86,25 +86,39 @@ def compile_for(chip: str, kernel_prefix: str, label_pattern: str) -> Iterator[R
         environment = os.environ | {"JAX_PLATFORMS": "cpu"} | llo_dump_environment(dump)
         child = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
         assert child.stdout is not None
-        for order, line in enumerate(child.stdout):
+        for line in child.stdout:
             result = json.loads(line)
             if result["error"]:
-                yield Row(
-                    result["kernel"], result["label"], chip, order, result["error"].split("\n")[0], None
-                )
+                yield Row(result["kernel"], result["label"], chip, result["error"].split("\n")[0], None)
             for entry in result["figures"]:
-                yield Row(entry["kernel"], result["label"], chip, order, None, Figures(**entry))
+                yield Row(entry["kernel"], result["label"], chip, None, Figures(**entry))
         if child.wait():
             raise subprocess.CalledProcessError(child.returncode, command)
 
 
-def report(rows: list[Row]) -> str:
-    """The Markdown document: a table for every kernel, shapes in the order of the cases, chips side by side."""
+Lines = dict[tuple[str, str], dict[str, str]]
+"""(kernel, shape) -> chip -> line of the table."""
+
+
+def read_report(text: str) -> Lines:
+    """The lines of a document that `report` made."""
+    lines: Lines = {}
+    for line in text.splitlines():
+        if line.startswith("## `"):
+            kernel = line.removeprefix("## `").removesuffix("`")
+        elif line.startswith("| ") and line.split(" | ")[1] in CHIPS:
+            label, chip = line.removeprefix("| ").split(" | ")[:2]
+            lines.setdefault((kernel, label), {})[chip] = line
+    return lines
+
+
+def report(lines: Lines) -> str:
+    """The Markdown document: a table for every kernel, shapes in the order of the cases, chips one below the other."""
     parts = [PREFACE.format(jax=version("jax"), libtpu=version("libtpu"))]
-    chips = list(CHIPS)
-    ordered = sorted(rows, key=lambda row: (row.kernel, row.order, chips.index(row.chip)))
-    for kernel, group in itertools.groupby(ordered, key=lambda row: row.kernel):
-        parts.append(f"## `{kernel}`\n\n{HEADER}\n" + "\n".join(map(str, group)) + "\n")
+    shapes = sorted(lines, key=lambda shape: shape[0])
+    for kernel, group in itertools.groupby(shapes, key=lambda shape: shape[0]):
+        rows = [lines[shape][chip] for shape in group for chip in CHIPS if chip in lines[shape]]
+        parts.append(f"## `{kernel}`\n\n{HEADER}\n" + "\n".join(rows) + "\n")
     return "\n".join(parts)
 
 
@@ -115,17 +129,20 @@ def main() -> int:
     parser.add_argument(
         "--labels", default="", help="only shapes whose label matches this regular expression"
     )
+    parser.add_argument("--update", action="store_true", help="replace the rows of a part in the document")
     options = parser.parse_args()
     chips = options.chips.split(",")
-    rows = []
+    everything = not options.kernels and not options.labels and set(chips) == set(CHIPS)
+    lines = read_report(REPORT.read_text()) if options.update and not everything else {}
+    failed = 0
     for chip in chips:
         for row in compile_for(chip, options.kernels, options.labels):
-            rows.append(row)
             print(f"{row.kernel} {row}", flush=True)
-    if not options.kernels and not options.labels and set(chips) == set(CHIPS):
-        REPORT.write_text(report(rows))
-    failed = [row for row in rows if row.error]
-    print(f"{len(rows)} rows, {len(failed)} failed", file=sys.stderr)
+            lines.setdefault((row.kernel, row.label), {})[chip] = str(row)
+            failed += row.error is not None
+    if everything or options.update:
+        REPORT.write_text(report(lines))
+    print(f"{failed} failed", file=sys.stderr)
     return 1 if failed else 0
 
 

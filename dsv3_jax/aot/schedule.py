@@ -34,6 +34,8 @@ class Loop:
         bundles, spills, fills: of its body without the loops in it; spills and fills are vector registers stored to
             and loaded from VMEM for want of registers.
         trips: as the compiled code has them; None where they are no constant or not understood.
+        is_edge_copy: the compiler's own loop that copies what lies inside the array of a block that hangs over its
+            edge. It takes a trip for 64 vector registers, and is counted as one.
     """
 
     parent: int | None
@@ -41,6 +43,7 @@ class Loop:
     spills: int
     fills: int
     trips: int | None
+    is_edge_copy: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,14 +68,14 @@ class KernelSchedule:
         return sum(loop.fills for loop in self.loops)
 
     def inner_loops(self, grid_steps: int) -> list[int]:
-        """Indices of the loops inside one grid step."""
+        """Indices of the kernel's own loops inside one grid step."""
         grid_loop = self._grid_loop(grid_steps)
-        return [i for i in range(1, len(self.loops)) if i != grid_loop]
+        return [i for i, loop in enumerate(self.loops) if i not in (0, grid_loop) and not loop.is_edge_copy]
 
     def working_loops(self, grid_steps: int) -> list[Loop]:
         """The loops inside a grid step; where there are none the grid's, failing that the whole kernel."""
         inner = [self.loops[i] for i in self.inner_loops(grid_steps)]
-        return inner or [self.loops[-1]]
+        return inner or [self.loops[self._grid_loop(grid_steps) or 0]]
 
     def issued(self, grid_steps: int, trips: Sequence[float] = (), *, core_steps: int | None = None) -> int:
         """Bundles that a core issues, with the loops multiplied out.
@@ -94,6 +97,8 @@ class KernelSchedule:
         for i, loop in enumerate(self.loops[1:], 1):
             if i == grid_loop:
                 times = grid_steps if core_steps is None else core_steps
+            elif loop.is_edge_copy:
+                times = 1
             else:
                 times = given.get(i, loop.trips)
                 if times is None:
@@ -140,6 +145,7 @@ def _read_schedule(code: str, utilization: str) -> KernelSchedule:
     parents: list[int | None] = [None]
     counts: list[list[int]] = [[0, 0, 0]]
     trips: list[int | None] = [1]
+    edge_copies = [False]
     stack, ends = [0], [len(lines)]
     for i, (line, (spills, fills)) in enumerate(zip(lines, registers, strict=True)):
         mark, depth = _BUNDLE.match(line).groups()  # pyright: ignore[reportOptionalMemberAccess]
@@ -150,6 +156,7 @@ def _read_schedule(code: str, utilization: str) -> KernelSchedule:
             parents.append(stack[-1])
             counts.append([0, 0, 0])
             trips.append(_trips(code, predicate))
+            edge_copies.append(_is_edge_copy(lines[i : end + 1], code, predicate))
             stack.append(len(parents) - 1)
             ends.append(end)
         # Predicated parts of a loop may be marked as if they stood outside.
@@ -157,9 +164,9 @@ def _read_schedule(code: str, utilization: str) -> KernelSchedule:
         count = counts[stack[min(max(depth, inside), len(stack) - 1)]]
         for k, amount in enumerate((1, spills, fills)):
             count[k] += amount
-    loops = zip(parents, counts, trips, strict=True)
+    loops = zip(parents, counts, trips, edge_copies, strict=True)
     return KernelSchedule(
-        tuple(Loop(parent, count[0], count[1], count[2], trip) for parent, count, trip in loops)
+        tuple(Loop(parent, count[0], count[1], count[2], trip, copy) for parent, count, trip, copy in loops)
     )
 
 
@@ -187,6 +194,13 @@ def _back_edges(lines: list[str]) -> dict[int, tuple[int, str]]:
             if region in begins and begins[region] < i:
                 edges[begins[region]] = (i, predicate)
     return edges
+
+
+def _is_edge_copy(body: list[str], code: str, predicate: str) -> bool:
+    """Only loads and stores, and not ended by a test that stems from a loop of the kernel."""
+    operations = {found for line in body for found in re.findall(r"(?:= |\{ |;;  )(?:\S+ = )?(v\w+)", line)}
+    own = re.search(rf"%{re.escape(predicate)} = [^;}}]*/\* loop exit test \*/", code)
+    return own is None and {"vld", "vst"} <= operations <= {"vld", "vst", "vmov"}
 
 
 def _trips(code: str, predicate: str) -> int | None:

@@ -60,6 +60,12 @@ def test_trips_are_multiplied_out() -> None:
     assert NESTED.issued(1, (3, 4, 6, 2)) == 10 + 3 * (100 + 4 * (20 + 6 * 7) + 2 * 5)
 
 
+def test_copies_at_an_edge_are_counted_but_are_no_loop_of_the_kernel() -> None:
+    schedule = KernelSchedule((*NESTED.loops, Loop(1, 65, 0, 0, None, is_edge_copy=True)))
+    assert schedule.inner_loops(8) == NESTED.inner_loops(8) == [2, 3, 4]
+    assert schedule.issued(8, (4, 6, 2)) == NESTED.issued(8, (4, 6, 2)) + 8 * 65
+
+
 @pytest.mark.parametrize(
     ("trips", "message"),
     [
