@@ -20,6 +20,7 @@ class Layout(NamedTuple):
         shared: block of [B, S, width], of all heads.
         row: block of [B, H / group, rows, T], by number of rows.
         segments: blocks of [B, 1, T], of the queries and of the keys.
+        attention: gives the widths.
     """
 
     query: Callable[[int], pl.BlockSpec]

@@ -39,8 +39,9 @@ def plant_nan(arrays: list[Array], end: list[int]) -> list[Array]:
 
 
 def close(got: Array, expected: Array, tolerance: float) -> None:
-    got, expected = np.asarray(got, np.float32), np.asarray(expected, np.float32)
-    np.testing.assert_allclose(got, expected, atol=tolerance * np.abs(expected).max(), rtol=0)
+    wanted = np.asarray(expected, np.float32)
+    atol = tolerance * float(np.abs(wanted).max())
+    np.testing.assert_allclose(np.asarray(got, np.float32), wanted, atol=atol, rtol=0)
 
 
 @settings(max_examples=4, deadline=None, derandomize=True)
