@@ -211,8 +211,13 @@ def _trips(code: str, predicate: str) -> int | None:
         return re.search(rf"%{re.escape(name)} = {pattern}", code)
 
     def origin(name: str) -> str:
-        copied = definition(name, rf"smov {guard}%([\w]+)")
-        return origin(copied[1]) if copied else name
+        if copied := definition(name, rf"smov {guard}%(\w+)"):
+            return origin(copied[1])
+        if loaded := definition(name, r"sld \[smem:\[(#allocation\d+_spill)\]\]"):
+            store = rf"sst \[smem:\[{loaded[1]}\]\] %(\w+)"
+            stored = [found[1] for found in re.finditer(store, code[: loaded.start()])]
+            return origin(stored[-1]) if stored else name
+        return name
 
     test = predicate and definition(predicate, rf"scmp\.ge\.s32\.totalorder {guard}%(\w+), {number}")
     update = test and definition(origin(test[1]), rf"sadd\.s32 {guard}{number}, %(\w+)")
