@@ -15,8 +15,8 @@ ROWS: dict[ActivationFormat, tuple[int, ...]] = {
     "float8": (16, 128, 4096),
 }
 """Format of the activations -> M."""
-LAYERS = 3
-"""Of the stacks: as many as fit any chip. What a layer costs does not depend on it."""
+MIN_STACK_BYTES = 1 << 29
+"""A smaller stack of layers the compiler might move into VMEM as a whole, and a larger one fits any chip."""
 PRODUCTS = {
     "expert, half of a pair": (2048, 7168),
     "q_a_proj": (1536, 7168),
@@ -62,7 +62,8 @@ def _label(name: str, shape: tuple[int, int], rows: int, activations: Activation
 
 def _arguments(shape: tuple[int, int], rows: int, num_weights: int) -> tuple:
     x, layer = jax.ShapeDtypeStruct((rows, shape[1]), jnp.bfloat16), jax.ShapeDtypeStruct((), jnp.int32)
-    return (x, layer, *[stack_of(LAYERS, shape=shape)] * num_weights)
+    layers = MIN_STACK_BYTES // matrix_bytes(shape) + 1
+    return (x, layer, *[stack_of(layers, shape=shape)] * num_weights)
 
 
 def _products(rows: int, activations: ActivationFormat) -> Iterator[Case]:
