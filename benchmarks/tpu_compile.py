@@ -42,7 +42,7 @@ class Figures:
         kernel: its full name.
         kernel_bytes: HBM bytes of its blocks.
         by_hand: it moves data by its own copies, which cannot be counted: kernel_bytes is the case's ideal.
-        program_bytes: kernel_bytes and the HBM bytes of XLA's operations around the kernel.
+        program_bytes: kernel_bytes and the HBM bytes of XLA's operations and other kernels around it.
         ideal_bytes: the case's.
         copied_bytes: written by XLA's copies larger than 1 MiB.
         vmem_bytes, vmem_limit_bytes: scoped VMEM in use, and what the kernel may use.
@@ -84,6 +84,8 @@ def read_figures(case: Case, text: str) -> list[Figures]:
     if not calls:
         raise ValueError(f"the program has no kernel {case.kernel!r}")
     around = sum(op.hbm_bytes * op.times for op in list_operations(text) if op.opcode != "kernel")
+    others = [call for call in kernel_calls(text) if not call.name.startswith(case.kernel)]
+    around += sum(call.read_bytes + call.write_bytes for call in others)
     copied = sum(op.written_bytes * op.times for op in large_copies(text, COPY_BYTES))
     figures = []
     for call in {call.name: call for call in calls}.values():

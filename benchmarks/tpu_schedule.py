@@ -38,8 +38,9 @@ times, but what the compiled programs contain.
 - **spills / fills**: vector registers stored and loaded for want of registers, in the whole kernel and, in parentheses,
   in the loops inside a grid step (in the grid's own loop where there are none); static counts.
 - **VMEM**: MiB of scoped vector memory in use, and what the kernel may use.
-- **HBM**: MB that the program moves, XLA's operations around the kernel included, and their ratio to the ideal: every
-  weight and cache entry used read once, activations read once, results written once.
+- **HBM**: MB that the program moves, XLA's operations and other kernels around the kernel included (such as the
+  quantisation of W8A8), and their ratio to the ideal: every weight and cache entry used read once, activations read
+  once, results written once.
 """
 HEADER = (
     "| shape | chip | bundles | DMA | ratio | spills / fills | VMEM | HBM | of ideal |\n"
