@@ -68,7 +68,7 @@ def test_few_rows_wait_for_memory(figures, chip_name: str, rows: int, limits: di
 @pytest.mark.parametrize("rows", [128, 512])
 def test_many_rows_do_not_spill_in_the_loop(figures, chip_name: str, rows: int) -> None:
     entry = figures[PRODUCT.format(rows)]
-    # On v6e, whose FP8 products the compiler has to scale once more, a few are left at the end of a tile's 1990 bundles.
+    # On v6e, whose FP8 products the compiler scales once more, a few are left at the end of a tile of 1990 bundles.
     assert max(entry["inner_spills"], entry["inner_fills"]) <= (30 if chip_name == "v6e" else 0)
 
 
