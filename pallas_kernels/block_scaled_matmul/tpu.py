@@ -173,6 +173,9 @@ def _call(
         specs.append(tile_spec)
     # x, result and residual twice, for the pipeline, and x once more where it is normed here.
     row_bytes = (2 + (norm is not None)) * depth * x.dtype.itemsize + 16 * blocks.columns
+    if row_scales is not None:
+        # Scales of rows, spread over whole registers; the compiler keeps some of them for later blocks.
+        row_bytes += 4 * 4 * -(-row_scales.shape[1] // 128) * 128
     vmem = blocks.rows * row_bytes + 2 * blocks.columns * depth * sum(v.dtype.itemsize for v in values)
     scratch = [] if norm is None else [pltpu.VMEM((blocks.rows, depth), x.dtype)]
     kernel = functools.partial(
@@ -242,7 +245,14 @@ def _kernel(
                 part = residual[rows, lanes].astype(jnp.float32) + rounded
             out[rows, lanes] = part.astype(out.dtype)
 
-    for_tiles(blocks.rows, blocks.columns, TILE_ROWS // num_weights, tile)
+    for_tiles(blocks.rows, blocks.columns, _tile_rows(num_weights, quantized, x.shape[-1]), tile)
+
+
+def _tile_rows(num_weights: int, quantized: bool, depth: int) -> int:
+    """Rows of a tile: as many as the registers take, fewer where every row has scales of its own."""
+    if not quantized:
+        return TILE_ROWS // num_weights
+    return 64 // num_weights if chip().native_float8 and depth <= 8192 else 32
 
 
 def for_tiles(num_rows: int, num_columns: int, tile_rows: int, tile: Any) -> None:
