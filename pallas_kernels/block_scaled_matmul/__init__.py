@@ -50,7 +50,7 @@ def block_scaled_matmul(
     implementations = {"reference": reference.block_scaled_matmul, "pallas": tpu.block_scaled_matmul}
     function = choose("block_scaled_matmul", implementation, implementations, tpu.unsupported(weight))
     dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
-    return function(x, (weight,), layer, activations, scale_fmt, norm, residual, dtype)
+    return function(x, (weight,), layer, norm, residual, activations, scale_fmt, dtype)
 
 
 def block_scaled_swiglu(
@@ -76,4 +76,4 @@ def block_scaled_swiglu(
     """
     implementations = {"reference": reference.block_scaled_matmul, "pallas": tpu.block_scaled_matmul}
     function = choose("block_scaled_swiglu", implementation, implementations, tpu.unsupported(gate))
-    return function(x, (gate, up), layer, activations, scale_fmt, norm, None, x.dtype)
+    return function(x, (gate, up), layer, norm, None, activations, scale_fmt, x.dtype)

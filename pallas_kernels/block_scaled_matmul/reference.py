@@ -14,10 +14,10 @@ def block_scaled_matmul(
     x: Array,
     weights: tuple[Weight, ...],
     layer: Array | int | None,
-    activations: str,
-    scale_fmt: str | None,
     norm: Norm | None,
     residual: Array | None,
+    activations: str,
+    scale_fmt: str | None,
     out_dtype: jnp.dtype,
 ) -> Array:
     """One weight, or gate and up of SwiGLU; arguments as of the public functions."""

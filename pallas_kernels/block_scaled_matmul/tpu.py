@@ -35,31 +35,18 @@ def block_scaled_matmul(
     x: Array,
     weights: tuple[Weight, ...],
     layer: Array | int | None,
-    activations: str,
-    scale_fmt: ScaleFormat,
     norm: Norm | None,
     residual: Array | None,
+    activations: str,
+    scale_fmt: ScaleFormat,
     out_dtype: jnp.dtype,
 ) -> Array:
     """One weight, or gate and up of SwiGLU; arguments as of the public functions."""
     formats = {"activations": activations, "scale_fmt": scale_fmt, "out_dtype": out_dtype}
     function = with_gradient_of(
-        functools.partial(_by_reference, **formats), functools.partial(_forward, **formats)
+        functools.partial(reference.block_scaled_matmul, **formats), functools.partial(_forward, **formats)
     )
     return function(x, weights, layer, norm, residual)
-
-
-def _by_reference(
-    x: Array,
-    weights: tuple[Weight, ...],
-    layer: Array | int | None,
-    norm: Norm | None,
-    residual: Array | None,
-    activations: str,
-    scale_fmt: ScaleFormat,
-    out_dtype: jnp.dtype,
-) -> Array:
-    return reference.block_scaled_matmul(x, weights, layer, activations, scale_fmt, norm, residual, out_dtype)
 
 
 def _forward(
