@@ -67,7 +67,7 @@ def _forward(
     out_dtype = x.dtype
     if activations == "float8" and isinstance(weights[0], BlockScaled):
         x, row_scales = quantize_activations(x, scale_fmt=scale_fmt, implementation="pallas")
-        # FP8 rows come in tiles of 32: smaller chunks, and chips without FP8 products, take the same values in bfloat16.
+        # FP8 rows come in tiles of 32: smaller chunks, and chips without FP8 products, take them in bfloat16.
         if not chip().native_float8 or chunk_rows(x.shape[0], group_sizes.shape[0]) < 32:
             x = x.astype(jnp.bfloat16)
     num_rows, depth = x.shape
