@@ -12,6 +12,7 @@ from benchmarks.tpu_cases_mla_heads import mla_heads_cases
 from benchmarks.tpu_cases_mla_prefill import mla_prefill_cases
 from benchmarks.tpu_cases_quantize import quantize_cases
 from benchmarks.tpu_cases_route import route_cases
+from benchmarks.tpu_cases_unscaled import unscaled_cases
 
 COLLECTIONS: tuple[Callable[[], list[Case]], ...] = (
     matmul_cases,
@@ -22,6 +23,7 @@ COLLECTIONS: tuple[Callable[[], list[Case]], ...] = (
     mla_prefill_cases,
     quantize_cases,
     route_cases,
+    unscaled_cases,
 )
 """One `benchmarks/tpu_cases_<operation>.py` each."""
 

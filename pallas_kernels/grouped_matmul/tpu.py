@@ -14,7 +14,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.block_scaled import BLOCK, BlockScaled, Weight
+from pallas_kernels.block_scaled import BLOCK, BlockScaled, Weight, num_blocks
 from pallas_kernels.block_scaled_matmul.tpu_tile import TILE_COLUMNS, Operand, multiply_tile
 from pallas_kernels.chip import chip, compiler_params, interpret
 from pallas_kernels.gradient import with_gradient_of
@@ -91,9 +91,12 @@ def _forward(
     if row_scale is not None:
         operands.append(row_scale.astype(jnp.float32)[:, None])
         specs.append(pl.BlockSpec((tile, 1), rows_index))
-    vmem = 2 * (
-        tile * depth * x.dtype.itemsize + columns * bytes_a_column + tile * columns * out_dtype.itemsize
+    row_bytes = depth * x.dtype.itemsize + columns * out_dtype.itemsize
+    # Numbers of a row fill whole registers.
+    row_bytes += (
+        4 * BLOCK * ((row_scale is not None) + (0 if row_scales is None else num_blocks(row_scales.shape[1])))
     )
+    vmem = 2 * (tile * row_bytes + columns * bytes_a_column)
     last_tile = -(-num_rows // tile) - 1
     kernel = functools.partial(
         _kernel,
