@@ -7,6 +7,8 @@ from typing import TypeVar
 
 import jax
 
+from pallas_kernels.errors import ImplementationError
+
 Function = TypeVar("Function", bound=Callable)
 logger = logging.getLogger(__name__)
 
@@ -43,7 +45,7 @@ def choose(
         unsupported: why the kernel cannot take these arguments; None if it can.
 
     Raises:
-        ValueError: the implementation asked for does not exist, or cannot run on this platform or these arguments.
+        ImplementationError: the one asked for does not exist, or cannot run on this platform or these arguments.
     """
     platform, kind = target()
     if implementation is None:
@@ -52,13 +54,13 @@ def choose(
         return implementations[name]
     if implementation not in implementations:
         expected = ", ".join(repr(name) for name in implementations)
-        raise ValueError(
+        raise ImplementationError(
             f"{operation}: no implementation {implementation!r} on {kind}; expected None or one of {expected}"
         )
     if implementation == "pallas" and platform not in (*PALLAS_PLATFORMS, "cpu"):
-        raise ValueError(f"{operation}: no Pallas kernel for {kind}; expected None or 'reference'")
+        raise ImplementationError(f"{operation}: no Pallas kernel for {kind}; expected None or 'reference'")
     if implementation == "pallas" and unsupported:
-        raise ValueError(f"{operation}: the Pallas kernel does not take {unsupported}")
+        raise ImplementationError(f"{operation}: the Pallas kernel does not take {unsupported}")
     return implementations[implementation]
 
 

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 from dsv3_jax.cli import convert, generate, inspect, logits, train
 from dsv3_jax.cli.report import report
 from dsv3_jax.errors import InputError
+from pallas_kernels.errors import ImplementationError
 
 COMMANDS = (generate, logits, convert, inspect, train)
 
@@ -79,10 +80,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = args.run(args)
         sys.stdout.flush()
         return code
-    except InputError as error:
+    except (InputError, ImplementationError) as error:
         if "--debug" in arguments:
             traceback.print_exc()
-        report(error)
+        report(error if isinstance(error, InputError) else InputError(f"--implementation: {error}"))
         return EXIT_BAD_INPUT
     except KeyboardInterrupt:
         print(file=sys.stderr)

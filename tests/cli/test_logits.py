@@ -107,6 +107,14 @@ def test_mtp_of_a_model_without_it(
     check_refused(tiny_checkpoint, request_file, capsys, "MTP", "--module", "mtp")
 
 
+def test_kernels_that_do_not_take_the_model(
+    tiny_checkpoint: Path, request_file: Path, capsys: pytest.CaptureFixture
+) -> None:
+    message = "--implementation: absorb_queries: the Pallas kernel does not take heads of"
+    more = ("--implementation", "pallas", "--mode", "decode")
+    check_refused(tiny_checkpoint, request_file, capsys, message, *more)
+
+
 def check_refused(
     checkpoint: Path, source: Path, capsys: pytest.CaptureFixture, message: str, *more: str
 ) -> None:
