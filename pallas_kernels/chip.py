@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.implementation import target
+from pallas_kernels.target import target
 
 MIB = 1 << 20
 

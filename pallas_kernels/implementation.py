@@ -3,71 +3,92 @@
 import functools
 import logging
 from collections.abc import Callable
-from typing import TypeVar
-
-import jax
+from typing import Generic, NamedTuple, TypeVar
 
 from pallas_kernels.errors import ImplementationError
+from pallas_kernels.gpu_chip import gpu_chip
+from pallas_kernels.target import target
 
 Function = TypeVar("Function", bound=Callable)
 logger = logging.getLogger(__name__)
 
-PALLAS_PLATFORMS = ("tpu",)
-"""Where the Pallas kernels are picked unasked; asked for by name they also run, interpreted, on a CPU."""
 
+class Kernel(NamedTuple, Generic[Function]):
+    """A Pallas kernel of one platform.
 
-def target() -> tuple[str, str]:
-    """Platform and device kind that is compiled for: of the mesh in force (`jax.set_mesh`), else the default device.
-
-    A mesh may consist of devices that are not there (`jax.experimental.topologies`), which is how a program is
-    compiled ahead of time for another machine.
+    Attributes:
+        function: takes what the reference takes.
+        unsupported: says why it cannot take the arguments at hand, as a phrase; None if it can.
     """
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    if device is not None:
-        return device.platform, device.device_kind
-    return jax.default_backend(), jax.devices()[0].device_kind
+
+    function: Function
+    unsupported: Callable[[], str | None] = lambda: None
 
 
 def choose(
     operation: str,
     implementation: str | None,
-    implementations: dict[str, Function],
-    unsupported: str | None = None,
+    *,
+    reference: Function,
+    tpu: Kernel[Function],
+    gpu: Kernel[Function] | None = None,
+    cpu: Function | None = None,
 ) -> Function:
     """Returns the implementation called `implementation`, or the platform's own where that is None.
 
     What is picked by platform is logged once at info level.
 
     Args:
-        operation: name of the operation, for messages.
-        implementations: name -> function; "reference" is always among them, "pallas" where there is a kernel, "cpu"
-            where XLA's CPU backend needs another form of the reference.
-        unsupported: why the kernel cannot take these arguments; None if it can.
+        operation: its name, for messages.
+        implementation: "reference"; "pallas", the platform's kernel, on a CPU the interpreted TPU kernel; "cpu" where
+            there is such a form; None for a kernel where there is one that takes the arguments.
+        reference: plain XLA.
+        tpu: the kernel for TPUs.
+        gpu: the kernel for Hopper and Blackwell; None where XLA does as well there, and stands for the kernel.
+        cpu: another form of the reference, for XLA's CPU backend.
 
     Raises:
         ImplementationError: the one asked for does not exist, or cannot run on this platform or these arguments.
     """
     platform, kind = target()
+    kernels = {"tpu": tpu, "cpu": tpu}
+    if platform == "gpu" and gpu_chip() is not None:
+        kernels["gpu"] = gpu or Kernel(reference)
+    kernel = kernels.get(platform)
     if implementation is None:
-        name = _default(platform, implementations, unsupported)
-        _report_once(operation, name, kind, unsupported if platform in PALLAS_PLATFORMS else None)
-        return implementations[name]
-    if implementation not in implementations:
-        expected = ", ".join(repr(name) for name in implementations)
+        return _platforms_own(operation, reference, None if platform == "cpu" else kernel, cpu)
+    if implementation == "pallas":
+        if kernel is None:
+            raise ImplementationError(
+                f"{operation}: no Pallas kernel for {kind}; expected None or 'reference'"
+            )
+        if reason := kernel.unsupported():
+            raise ImplementationError(f"{operation}: the Pallas kernel does not take {reason}")
+        return kernel.function
+    if implementation == "cpu" and cpu is not None:
+        return cpu
+    if implementation != "reference":
+        names = "'reference', 'pallas'" + ("" if cpu is None else ", 'cpu'")
         raise ImplementationError(
-            f"{operation}: no implementation {implementation!r} on {kind}; expected None or one of {expected}"
+            f"{operation}: no implementation {implementation!r} on {kind}; expected None or one of {names}"
         )
-    if implementation == "pallas" and platform not in (*PALLAS_PLATFORMS, "cpu"):
-        raise ImplementationError(f"{operation}: no Pallas kernel for {kind}; expected None or 'reference'")
-    if implementation == "pallas" and unsupported:
-        raise ImplementationError(f"{operation}: the Pallas kernel does not take {unsupported}")
-    return implementations[implementation]
+    return reference
 
 
-def _default(platform: str, implementations: dict[str, Function], unsupported: str | None) -> str:
-    if platform in PALLAS_PLATFORMS and "pallas" in implementations and unsupported is None:
-        return "pallas"
-    return "cpu" if platform == "cpu" and "cpu" in implementations else "reference"
+def _platforms_own(
+    operation: str, reference: Function, kernel: Kernel[Function] | None, cpu: Function | None
+) -> Function:
+    platform, kind = target()
+    if kernel is not None:
+        reason = kernel.unsupported()
+        name = "pallas" if reason is None and kernel.function is not reference else "reference"
+        _report_once(operation, name, kind, reason)
+        return kernel.function if reason is None else reference
+    if platform == "cpu" and cpu is not None:
+        _report_once(operation, "cpu", kind, None)
+        return cpu
+    _report_once(operation, "reference", kind, None)
+    return reference
 
 
 @functools.cache

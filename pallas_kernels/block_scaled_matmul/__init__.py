@@ -1,5 +1,6 @@
 """`block_scaled_matmul`: activations times one weight of a stack, block-scaled FP8 or plain."""
 
+from collections.abc import Callable
 from typing import Literal
 
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ from jax.typing import DTypeLike
 
 from pallas_kernels.block_scaled import Weight
 from pallas_kernels.block_scaled_matmul import reference, tpu
-from pallas_kernels.implementation import choose
+from pallas_kernels.implementation import Kernel, choose
 from pallas_kernels.normalize import Norm
 from pallas_kernels.quantize import ScaleFormat
 
@@ -47,8 +48,7 @@ def block_scaled_matmul(
     Returns:
         [..., N].
     """
-    implementations = {"reference": reference.block_scaled_matmul, "pallas": tpu.block_scaled_matmul}
-    function = choose("block_scaled_matmul", implementation, implementations, tpu.unsupported(weight))
+    function = _implementation(implementation, "block_scaled_matmul", weight)
     dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
     return function(x, (weight,), layer, norm, residual, activations, scale_fmt, dtype)
 
@@ -74,6 +74,10 @@ def block_scaled_swiglu(
     Returns:
         [..., N] in x's dtype; the activation function is computed in float32.
     """
-    implementations = {"reference": reference.block_scaled_matmul, "pallas": tpu.block_scaled_matmul}
-    function = choose("block_scaled_swiglu", implementation, implementations, tpu.unsupported(gate))
+    function = _implementation(implementation, "block_scaled_swiglu", gate)
     return function(x, (gate, up), layer, norm, None, activations, scale_fmt, x.dtype)
+
+
+def _implementation(name: str | None, operation: str, weight: Weight) -> Callable[..., Array]:
+    kernel = Kernel(tpu.block_scaled_matmul, lambda: tpu.unsupported(weight))
+    return choose(operation, name, reference=reference.block_scaled_matmul, tpu=kernel)

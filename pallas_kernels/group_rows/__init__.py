@@ -4,7 +4,7 @@ from jax import Array
 
 from pallas_kernels.group_rows import reference, tpu
 from pallas_kernels.group_rows.grouping import Grouping, Visits
-from pallas_kernels.implementation import choose
+from pallas_kernels.implementation import Kernel, choose
 
 __all__ = ["Grouping", "Visits", "group_rows", "plan_visits"]
 
@@ -22,7 +22,7 @@ def group_rows(
         implementation: None, "reference" or "pallas"; more pairs than a decode step has are sorted by XLA in any case.
     """
     kernel = reference.group_rows if tpu.unsupported(ids, num_groups) else tpu.group_rows
-    function = choose("group_rows", implementation, {"reference": reference.group_rows, "pallas": kernel})
+    function = choose("group_rows", implementation, reference=reference.group_rows, tpu=Kernel(kernel))
     return function(ids, valid, num_groups, row_tile)
 
 

@@ -9,7 +9,7 @@ from pallas_kernels.block_scaled_matmul import ActivationFormat
 from pallas_kernels.group_rows import Visits
 from pallas_kernels.grouped_matmul import reference, tpu
 from pallas_kernels.grouped_matmul.rows import row_tile
-from pallas_kernels.implementation import choose
+from pallas_kernels.implementation import Kernel, choose
 from pallas_kernels.quantize import ScaleFormat
 
 __all__ = ["grouped_matmul", "grouped_swiglu", "row_tile"]
@@ -76,5 +76,5 @@ def grouped_swiglu(
 
 
 def _implementation(name: str | None, operation: str, weight: Weight) -> Callable[..., Array]:
-    implementations = {"reference": reference.grouped_matmul, "pallas": tpu.grouped_matmul}
-    return choose(operation, name, implementations, tpu.unsupported(weight))
+    kernel = Kernel(tpu.grouped_matmul, lambda: tpu.unsupported(weight))
+    return choose(operation, name, reference=reference.grouped_matmul, tpu=kernel)

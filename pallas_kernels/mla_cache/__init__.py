@@ -2,7 +2,7 @@
 
 from jax import Array
 
-from pallas_kernels.implementation import choose
+from pallas_kernels.implementation import Kernel, choose
 from pallas_kernels.mla_cache import plan, reference, tpu
 from pallas_kernels.normalize import Norm
 
@@ -53,14 +53,12 @@ def write_entries(
         raise ValueError(f"write_entries: cache_scales belong to a float8 cache; the cache is {cache.dtype}")
     # A prompt's many tokens are written by XLA in any case.
     is_step = compressed.shape[1] <= plan.MAX_TOKENS
+    kernel = Kernel(tpu.write_entries, lambda: plan.unsupported(cache, compressed, page_table))
     function = choose(
         "write_entries",
         implementation,
-        {
-            "reference": reference.write_entries,
-            "pallas": tpu.write_entries if is_step else reference.write_entries,
-        },
-        plan.unsupported(cache, compressed, page_table) if is_step else None,
+        reference=reference.write_entries,
+        tpu=kernel if is_step else Kernel(reference.write_entries),
     )
     new_cache, new_scales = function(
         cache,

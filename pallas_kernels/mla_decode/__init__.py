@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels.implementation import choose
+from pallas_kernels.implementation import Kernel, choose
 from pallas_kernels.mla_decode import reference, tpu
 from pallas_kernels.mla_decode.combine import combine
 from pallas_kernels.mla_decode.plan import unsupported
@@ -66,7 +66,7 @@ def mla_decode(
     function = choose(
         "mla_decode",
         implementation,
-        {"reference": reference.mla_decode, "pallas": tpu.mla_decode},
-        unsupported(q_latent, q_rope, cache, page_table),
+        reference=reference.mla_decode,
+        tpu=Kernel(tpu.mla_decode, lambda: unsupported(q_latent, q_rope, cache, page_table)),
     )
     return function(q_latent, q_rope, cache, lengths, scale, layer, cache_scales, page_table)

@@ -5,7 +5,7 @@ import dataclasses
 from jax import Array
 
 from pallas_kernels.block_scaled import Weight
-from pallas_kernels.implementation import choose
+from pallas_kernels.implementation import Kernel, choose
 from pallas_kernels.mla_heads import reference, tpu
 
 __all__ = ["HeadDims", "absorb_queries", "head_values"]
@@ -43,8 +43,8 @@ def absorb_queries(
     Returns:
         [M, H, kv_lora_rank] and [M, H, Dr] in q's dtype. Inputs are not quantised, products accumulate in float32.
     """
-    implementations = {"reference": reference.absorb_queries, "pallas": tpu.absorb_queries}
-    function = choose("absorb_queries", implementation, implementations, tpu.unsupported(kv_b, dims))
+    kernel = Kernel(tpu.absorb_queries, lambda: tpu.unsupported(kv_b, dims))
+    function = choose("absorb_queries", implementation, reference=reference.absorb_queries, tpu=kernel)
     return function(q, rope, kv_b, dims, layer)
 
 
@@ -65,6 +65,6 @@ def head_values(
     Returns:
         [M, H * Dv] in context's dtype.
     """
-    implementations = {"reference": reference.head_values, "pallas": tpu.head_values}
-    function = choose("head_values", implementation, implementations, tpu.unsupported(kv_b, dims))
+    kernel = Kernel(tpu.head_values, lambda: tpu.unsupported(kv_b, dims))
+    function = choose("head_values", implementation, reference=reference.head_values, tpu=kernel)
     return function(context, kv_b, dims, layer)

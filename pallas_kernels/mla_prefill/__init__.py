@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from jax import Array
 
-from pallas_kernels.implementation import choose
+from pallas_kernels.implementation import Kernel, choose
 from pallas_kernels.mla_prefill import cpu, reference, tpu
 
 __all__ = ["mla_prefill"]
@@ -53,12 +53,12 @@ def mla_prefill(
     """
     if start is not None and segment_ids is not None:
         raise ValueError("mla_prefill: expected at most one of start and segment_ids")
-    implementations: dict[str, Callable[..., Array]] = {
-        "reference": reference.mla_prefill,
-        "pallas": tpu.mla_prefill,
-    }
-    if start is None and segment_ids is None and q_nope.shape[1] <= cpu.MAX_LENGTH:
-        implementations["cpu"] = cpu.mla_prefill_by_head
-    unsupported = tpu.unsupported(q_nope, q_rope, k_nope, k_rope, v)
-    function = choose("mla_prefill", implementation, implementations, unsupported)
+    short = start is None and segment_ids is None and q_nope.shape[1] <= cpu.MAX_LENGTH
+    function: Callable[..., Array] = choose(
+        "mla_prefill",
+        implementation,
+        reference=reference.mla_prefill,
+        tpu=Kernel(tpu.mla_prefill, lambda: tpu.unsupported(q_nope, q_rope, k_nope, k_rope, v)),
+        cpu=cpu.mla_prefill_by_head if short else None,
+    )
     return function(q_nope, q_rope, k_nope, k_rope, v, scale, start, segment_ids)

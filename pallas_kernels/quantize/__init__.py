@@ -5,7 +5,7 @@ from typing import Literal
 from jax import Array
 
 from pallas_kernels.block_scaled import BlockScaled
-from pallas_kernels.implementation import choose
+from pallas_kernels.implementation import Kernel, choose
 from pallas_kernels.normalize import Norm
 from pallas_kernels.quantize import reference, tpu, tpu_weight
 from pallas_kernels.quantize.plan import unsupported
@@ -47,8 +47,10 @@ def quantize_activations(
     Returns:
         float8_e4m3fn [..., K] and float32 [..., ceil(K / 128)].
     """
-    implementations = {"reference": reference.quantize_activations, "pallas": tpu.quantize_activations}
-    function = choose("quantize_activations", implementation, implementations, unsupported(x))
+    kernel = Kernel(tpu.quantize_activations, lambda: unsupported(x))
+    function = choose(
+        "quantize_activations", implementation, reference=reference.quantize_activations, tpu=kernel
+    )
     return function(x, scale_fmt, norm, layer)
 
 
@@ -64,8 +66,8 @@ def swiglu_quantize(
     Returns:
         float8_e4m3fn [..., K] and float32 [..., ceil(K / 128)].
     """
-    implementations = {"reference": reference.swiglu_quantize, "pallas": tpu.swiglu_quantize}
-    function = choose("swiglu_quantize", implementation, implementations, unsupported(gate))
+    kernel = Kernel(tpu.swiglu_quantize, lambda: unsupported(gate))
+    function = choose("swiglu_quantize", implementation, reference=reference.swiglu_quantize, tpu=kernel)
     return function(gate, up, scale_fmt)
 
 
@@ -83,8 +85,8 @@ def quantize_weight(
         weight: [..., N, K], any float type.
         scale_fmt: None for float32 scales, "ue8m0" for powers of two.
     """
-    implementations = {"reference": reference.quantize_weight, "pallas": tpu_weight.quantize_weight}
-    function = choose("quantize_weight", implementation, implementations, unsupported(weight))
+    kernel = Kernel(tpu_weight.quantize_weight, lambda: unsupported(weight))
+    function = choose("quantize_weight", implementation, reference=reference.quantize_weight, tpu=kernel)
     return function(weight, scale_fmt)
 
 

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jax import Array, lax
 
-from pallas_kernels.implementation import target
+from pallas_kernels.target import target
 
 FLOAT8_MAX = 448.0
 AMAX_FLOOR = 1e-4

@@ -2,7 +2,7 @@
 
 from jax import Array
 
-from pallas_kernels.implementation import choose
+from pallas_kernels.implementation import Kernel, choose
 from pallas_kernels.normalize import Norm
 from pallas_kernels.route import reference, tpu
 from pallas_kernels.route.rule import GroupScore, Routed, Rule, Scoring
@@ -53,8 +53,8 @@ def route(
     """
     _check(weight.shape[-2], top_k, n_group, topk_group, group_score)
     rule = Rule(top_k, n_group, topk_group, group_score, scoring, normalize, scale)
-    implementations = {"reference": reference.route, "pallas": tpu.route}
-    function = choose("route", implementation, implementations, tpu.unsupported(x, weight))
+    kernel = Kernel(tpu.route, lambda: tpu.unsupported(x, weight))
+    function = choose("route", implementation, reference=reference.route, tpu=kernel)
     return function(x, weight, bias, layer, rule, norm)
 
 
