@@ -2,7 +2,6 @@
 
 import functools
 
-import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels.block_scaled import Weight
