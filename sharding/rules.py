@@ -4,7 +4,7 @@ import fnmatch
 from collections.abc import Mapping
 from typing import Any
 
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "expert", "tensor", "context")
 """Names that mesh axes have: batch rows, experts, widths of matrices, positions of the cache."""
@@ -40,7 +40,7 @@ def partition_spec(path: str, num_dimensions: int) -> PartitionSpec:
     return PartitionSpec(*[None] * (num_dimensions - len(axes)), *axes)
 
 
-def tree_shardings(tree: Mapping[str, Any], mesh: Mesh, prefix: str = "") -> dict[str, Any]:
+def tree_shardings(tree: Mapping[str, Any], mesh: Mesh | AbstractMesh, prefix: str = "") -> dict[str, Any]:
     """Shardings for a nested dict of arrays or shapes, by `WEIGHT_RULES`.
 
     Axes that the mesh lacks are left out. A matrix and its block scales are cut alike only where every piece is a

@@ -79,13 +79,14 @@ class MLA(nnx.Module):
     def queries(self, x: Array, rope: Array, layer: Layer, norm: Norm) -> tuple[Array, Array]:
         """[B, T, hidden] -> [B, T, H, qk_nope_head_dim] and rotated [B, T, H, qk_rope_head_dim]."""
         q = self.query_rows(x, layer, norm)
-        q = q.reshape(*x.shape[:2], self.config.num_attention_heads, self.config.qk_head_dim)
+        q = q.reshape(*x.shape[:2], -1, self.config.qk_head_dim)
         q_nope, q_rope = jnp.split(q, [self.config.qk_nope_head_dim], axis=-1)
         return q_nope, rotate(q_rope, rope[:, :, None])
 
     def expand(self, latent: Array, layer: Layer) -> tuple[Array, Array]:
         """Latents [B, S, kv_lora_rank] -> k_nope [B, S, H, qk_nope_head_dim], v [B, S, H, v_head_dim]."""
-        kv = self.kv_b_proj(latent, layer).reshape(*latent.shape[:2], self.config.num_attention_heads, -1)
+        per_head = self.config.qk_nope_head_dim + self.config.v_head_dim
+        kv = self.kv_b_proj(latent, layer).reshape(*latent.shape[:2], -1, per_head)
         k_nope, v = jnp.split(kv, [self.config.qk_nope_head_dim], axis=-1)
         return k_nope, v
 
@@ -162,7 +163,7 @@ class MLA(nnx.Module):
 
     def _output(self, x: Array, heads: Array, layer: Layer) -> Array:
         """x and the projection of all heads' values, [B, T, H, v_head_dim] or flattened."""
-        return self.o_proj(heads.reshape(*x.shape[:2], -1), layer, residual=x)
+        return self.o_proj.onto(x, heads.reshape(*x.shape[:2], -1), layer)
 
     def _write(
         self, x: Array, norm: Norm, chunk: Chunk, entries: Array, layer: Layer, cache_layer: Array | int

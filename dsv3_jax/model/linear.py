@@ -12,6 +12,7 @@ from pallas_kernels.block_scaled_matmul import ActivationFormat, block_scaled_ma
 from pallas_kernels.decode import to_float32
 from pallas_kernels.normalize import Norm, rms_norm
 from pallas_kernels.quantize import ScaleFormat, quantize_weight
+from sharding import gather_columns, over_tensor, sum_over_tensor
 
 Layer = Array | int | None
 """Which matrix of a stack: an index, or None where the weights carry no layer dimension."""
@@ -82,6 +83,12 @@ class Linear(nnx.Module):
             implementation=self.implementation,
         )
 
+    def onto(self, residual: Array, x: Array, layer: Layer) -> Array:
+        """residual + W x; over `tensor`, where W is a slice of the rows' inputs, the devices' products are summed."""
+        if over_tensor():
+            return residual + sum_over_tensor(self(x, layer))
+        return self(x, layer, residual=residual)
+
 
 class PlainLinear(nnx.Module):
     """A linear that the release never quantises (router, lm_head, eh_proj): plain weight, float32 result."""
@@ -112,7 +119,7 @@ class Embedding(nnx.Module):
 
     def __call__(self, tokens: Array) -> Array:
         """int32 [...] -> [..., hidden_size] in the compute dtype."""
-        return to_float32(self.weight[...][tokens]).astype(self.dtype)
+        return gather_columns(to_float32(self.weight[...][tokens]).astype(self.dtype))
 
     def logits(self, x: Array, norm: Norm | None = None) -> Array:
         """The tied head: [..., hidden_size] -> float32 [..., vocab_size]."""

@@ -10,6 +10,7 @@ from pallas_kernels.block_scaled_matmul import block_scaled_swiglu
 from pallas_kernels.group_rows import Grouping, group_rows
 from pallas_kernels.grouped_matmul import grouped_matmul, grouped_swiglu, row_tile
 from pallas_kernels.normalize import Norm
+from sharding import sum_over_tensor
 
 
 class MLP(nnx.Module):
@@ -24,7 +25,7 @@ class MLP(nnx.Module):
     def __call__(
         self, x: Array, layer: Layer, *, norm: Norm | None = None, residual: Array | None = None
     ) -> Array:
-        """[..., hidden_size] -> [..., hidden_size]: MLP(norm(x)) + residual."""
+        """[..., hidden_size] -> [..., hidden_size]: MLP(norm(x)) + residual; without it, a device's part."""
         gate, up = self.gate_proj, self.up_proj
         hidden = block_scaled_swiglu(
             x,
@@ -36,7 +37,11 @@ class MLP(nnx.Module):
             norm=norm,
             implementation=gate.implementation,
         )
-        return self.down_proj(hidden, layer, residual=residual)
+        return (
+            self.down_proj(hidden, layer)
+            if residual is None
+            else self.down_proj.onto(residual, hidden, layer)
+        )
 
 
 class Experts(MLP):
@@ -114,7 +119,7 @@ class MoE(nnx.Module):
         # Weighted here and not in the experts' kernel: that would first have to sort the weights as well.
         combined = (chosen * routed.weights[..., None]).sum(axis=1).astype(x.dtype)
         total = self.shared_experts(normed, layer) + combined
-        return x + total.reshape(x.shape), (routed.ids, routed.scores)
+        return x + sum_over_tensor(total).reshape(x.shape), (routed.ids, routed.scores)
 
 
 Routing = tuple[Array, Array]
