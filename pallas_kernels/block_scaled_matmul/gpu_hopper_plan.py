@@ -1,0 +1,102 @@
+"""Tiles of the products on Hopper."""
+
+import dataclasses
+
+from pallas_kernels.block_scaled import BLOCK, num_blocks
+from pallas_kernels.gpu_chip import KIB, gpu_chip
+from pallas_kernels.gpu_visits import max_gpu_visits
+
+WARPGROUP_ROWS = 64
+"""Rows of the weight that a warpgroup multiplies: the M side of wgmma."""
+WARPGROUPS = 2
+MAX_STAGES = 16
+RESERVED_BYTES = 4 * KIB
+"""Shared memory left for barriers and for what Mosaic takes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class HopperPlan:
+    """How the product is cut.
+
+    Attributes:
+        tokens: rows of x in a tile.
+        scale_tokens: of which it copies scales; no copy is of fewer than 128 bytes.
+        warpgroups: that multiply, each `WARPGROUP_ROWS` rows of the weight, or of each of a pair.
+        columns: tiles along N.
+        columns_together: how many of them follow each other before the next rows of x; divides `columns`.
+        splits: parts of K, summed in a second step.
+        depth_blocks: blocks of 128 of K in a part.
+        stages: steps of 128 of K in shared memory.
+        step_bytes: copied by a step.
+        blocks: persistent thread blocks.
+    """
+
+    tokens: int
+    scale_tokens: int
+    warpgroups: int
+    columns: int
+    columns_together: int
+    splits: int
+    depth_blocks: int
+    stages: int
+    step_bytes: int
+    blocks: int
+
+
+def choose_plan(
+    num_rows: int,
+    num_groups: int,
+    num_columns: int,
+    depth: int,
+    num_weights: int,
+    x_bytes: int,
+    weight_bytes: int,
+    out_bytes: int,
+) -> HopperPlan:
+    """Tiles of x of about the mean size of a group, and parts of K where there is too little else to share out.
+
+    Args:
+        num_rows: M.
+        num_groups: E.
+        num_columns: N.
+        depth: K.
+        num_weights: 1, or 2 of a pair.
+        x_bytes: of an element of x; FP8 has scales.
+        weight_bytes: of an element of the weights.
+        out_bytes: of an element of the result.
+    """
+    chip = gpu_chip()
+    assert chip is not None
+    tokens = _row_tile(num_rows, num_groups, 64 if num_weights == 2 and x_bytes == 2 else 128)
+    rows = WARPGROUPS * WARPGROUP_ROWS
+    columns = -(-num_columns // rows)
+    visits = max_gpu_visits(num_groups, num_rows, tokens) if num_groups > 1 else -(-num_rows // tokens)
+    depth_blocks = num_blocks(depth)
+    splits = 1
+    if num_groups == 1 and visits * columns < chip.sms:
+        splits = max(min(chip.sms // (visits * columns), depth_blocks // 4), 1)
+    part = -(-depth_blocks // splits)
+    splits = -(-depth_blocks // part)
+    step_bytes = BLOCK * (num_weights * rows * weight_bytes + tokens * x_bytes) + (
+        4 * max(tokens, 32) if x_bytes == 1 else 0
+    )
+    out_tile = rows * tokens * (out_bytes if splits == 1 else 4)
+    stages = min((chip.shared_bytes - RESERVED_BYTES - out_tile) // step_bytes, MAX_STAGES)
+    return HopperPlan(
+        tokens=tokens,
+        scale_tokens=max(tokens, 32),
+        warpgroups=WARPGROUPS,
+        columns=columns,
+        columns_together=max(c for c in range(1, min(columns, 16) + 1) if columns % c == 0),
+        splits=splits,
+        depth_blocks=part,
+        stages=stages,
+        step_bytes=step_bytes,
+        blocks=min(chip.sms, visits * columns * splits),
+    )
+
+
+def _row_tile(num_rows: int, num_groups: int, largest: int) -> int:
+    """A power of two from 8, the mean size of a group or the next above."""
+    mean = -(-num_rows // num_groups)
+    return min(max(1 << (mean - 1).bit_length(), 8), largest)
