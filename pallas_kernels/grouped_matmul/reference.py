@@ -52,6 +52,8 @@ def _forward(x: Array, weights: tuple[Weight, ...], group_sizes: Array, index: t
 
     def group(e: Array, rows: RowTile, out: Array, start: Array, count: Array) -> Array:
         for row in range(0, num_rows, tile):
+            # One tile after the other: XLA's GPU backend would make all of them first, a float32 copy of the matrix.
+            e, out = lax.optimization_barrier((e, out))
             tiles = [matrix_tile(w, (*index, e), row, min(tile, num_rows - row)) for w in weights]
 
             def row_tile(i: Array, out: Array, tiles: list[Array] = tiles, row: int = row) -> Array:
