@@ -18,7 +18,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.block_scaled import BLOCK
+from pallas_kernels.block_scaled import BLOCK, num_blocks
 from pallas_kernels.block_scaled_matmul.gpu_hopper_plan import WARPGROUP_ROWS, HopperPlan, choose_plan
 from pallas_kernels.gpu_chip import interpret
 from pallas_kernels.gpu_compat import load, register_product, store
@@ -196,16 +196,22 @@ def _kernel(
     @pl.when(warpgroup == shape.plan.warpgroups)
     def _() -> None:
         plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
-        _for_tiles(refs, shape, functools.partial(_copy_tile, refs, shape))
+        _for_tiles(refs, shape, lambda work: (), functools.partial(_copy_tile, refs, shape))
 
     @pl.when(warpgroup < shape.plan.warpgroups)
     def _() -> None:
         registers = (512 - PRODUCER_REGISTERS) // shape.plan.warpgroups // 8 * 8
         plgpu.set_max_registers(min(registers, 248), action="increase")
-        _for_tiles(refs, shape, functools.partial(_multiply_tile, refs, shape, warpgroup))
+        _for_tiles(
+            refs,
+            shape,
+            lambda work: _scales(refs, shape, warpgroup, work, work.first),
+            functools.partial(_multiply_tile, refs, shape, warpgroup),
+        )
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Work:
     """One tile of the result.
@@ -229,8 +235,13 @@ class _Work:
     end: Any
 
 
-def _for_tiles(refs: _Refs, shape: _Shape, tile: Any) -> None:
-    """tile(work, step) -> step for all tiles of this block; `step` counts the stages used."""
+def _for_tiles(refs: _Refs, shape: _Shape, ahead: Any, tile: Any) -> None:
+    """Walks along the tiles of this block, and reads what they need from memory while the one before is at work.
+
+    Args:
+        ahead: work -> what `tile` needs at once.
+        tile: (work, of `ahead`, step) -> step, which counts the stages used.
+    """
     plan = shape.plan
     visits = refs.visits
     count = visits.count[0]
@@ -238,14 +249,14 @@ def _for_tiles(refs: _Refs, shape: _Shape, tile: Any) -> None:
     block = lax.axis_index("block")
     num_groups = refs.values[0].shape[1]
 
-    def body(turn: Any, step: Any) -> Any:
-        rest, column = _divide(turn * plan.blocks + block, plan.columns_together)
+    def work_at(turn: Any) -> _Work:
+        rest, column = _divide(jnp.minimum(turn * plan.blocks + block, total - 1), plan.columns_together)
         rest, visit = _divide(rest, count)
         part, split = _divide(rest, plan.splits)
         group = visits.group[visit]
         first = split * plan.depth_blocks
-        end = jnp.minimum(first + plan.depth_blocks, -(-refs.x.shape[1] // BLOCK))
-        work = _Work(
+        end = jnp.minimum(first + plan.depth_blocks, num_blocks(refs.x.shape[1]))
+        return _Work(
             group=group,
             row=visits.row[visit],
             rows=visits.rows[visit],
@@ -254,10 +265,16 @@ def _for_tiles(refs: _Refs, shape: _Shape, tile: Any) -> None:
             first=first,
             end=jnp.where(group < num_groups, end, first),
         )
-        return tile(work, step)
+
+    def body(turn: Any, carry: Any) -> Any:
+        step, work, needed, next_work = carry
+        work_after_next = work_at(turn + 2)
+        next_needed = ahead(next_work)
+        return tile(work, needed, step), next_work, next_needed, work_after_next
 
     turns = lax.div(total - block + plan.blocks - 1, plan.blocks)
-    lax.fori_loop(0, turns, body, jnp.int32(0))
+    work = work_at(0)
+    lax.fori_loop(0, turns, body, (jnp.int32(0), work, ahead(work), work_at(1)))
 
 
 def _divide(number: Any, divisor: Any) -> tuple[Any, Any]:
@@ -265,7 +282,7 @@ def _divide(number: Any, divisor: Any) -> tuple[Any, Any]:
     return lax.div(number, divisor), lax.rem(number, divisor)
 
 
-def _copy_tile(refs: _Refs, shape: _Shape, work: _Work, step: Any) -> Any:
+def _copy_tile(refs: _Refs, shape: _Shape, work: _Work, _: Any, step: Any) -> Any:
     plan = shape.plan
     rows = plan.warpgroups * WARPGROUP_ROWS
     layer = refs.layer[0]
@@ -291,25 +308,36 @@ def _copy_tile(refs: _Refs, shape: _Shape, work: _Work, step: Any) -> Any:
     return lax.fori_loop(work.first, work.end, copy_step, step)
 
 
-def _multiply_tile(refs: _Refs, shape: _Shape, warpgroup: Any, work: _Work, step: Any) -> Any:
-    plan = shape.plan
-    column = (work.column * plan.warpgroups + warpgroup) * WARPGROUP_ROWS
-    zeros = plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS, plan.tokens), jnp.float32), plgpu.Layout.WGMMA)
+def _first_row(shape: _Shape, warpgroup: Any, work: _Work) -> Any:
+    """Of the weight's rows, the result's columns, that a warpgroup multiplies."""
+    return (work.column * shape.plan.warpgroups + warpgroup) * WARPGROUP_ROWS
 
-    def scales_of(k: Any) -> tuple[Any, ...]:
-        # Of the block that comes next, so that no step waits for them; those of the last step are not used.
-        if not shape.scaled:
-            return ()
-        row_blocks, depth_blocks = refs.scales[0].shape[2:]
-        group = jnp.minimum(work.group, refs.values[0].shape[1] - 1)
-        row_block = jnp.minimum(lax.div(column, BLOCK), row_blocks - 1)
-        k = jnp.minimum(k, depth_blocks - 1)
-        return tuple(scales[refs.layer[0], group, row_block, k] for scales in refs.scales)
+
+def _scales(refs: _Refs, shape: _Shape, warpgroup: Any, work: _Work, k: Any) -> tuple[Any, ...]:
+    """Of block k of every weight; those of blocks that do not exist are not used."""
+    if not shape.scaled:
+        return ()
+    _, num_groups, row_blocks, depth_blocks = refs.scales[0].shape
+    index = (
+        refs.layer[0],
+        jnp.minimum(work.group, num_groups - 1),
+        jnp.minimum(lax.div(_first_row(shape, warpgroup, work), BLOCK), row_blocks - 1),
+        jnp.minimum(k, depth_blocks - 1),
+    )
+    return tuple(scales[index] for scales in refs.scales)
+
+
+def _multiply_tile(
+    refs: _Refs, shape: _Shape, warpgroup: Any, work: _Work, scales: tuple[Any, ...], step: Any
+) -> Any:
+    plan = shape.plan
+    zeros = plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS, plan.tokens), jnp.float32), plgpu.Layout.WGMMA)
 
     def multiply_step(k: Any, carry: Any) -> Any:
         step, scales, sums = carry
         slot = lax.rem(step, plan.stages)
-        next_scales = scales_of(k + 1)
+        # Those of the next step, so that none waits for them.
+        next_scales = _scales(refs, shape, warpgroup, work, k + 1)
         plgpu.barrier_wait(refs.full.at[slot])
         x = plgpu.transpose_ref(refs.x_tiles.at[slot], (1, 0))
         rows = pl.ds(warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)
@@ -322,16 +350,16 @@ def _multiply_tile(refs: _Refs, shape: _Shape, warpgroup: Any, work: _Work, step
         plgpu.barrier_arrive(refs.empty.at[slot])
         return step + 1, next_scales, tuple(totals)
 
-    carry = step, scales_of(work.first), (zeros,) * shape.num_weights
+    carry = step, scales, (zeros,) * shape.num_weights
     step, _, sums = lax.fori_loop(work.first, work.end, multiply_step, carry)
     if plan.splits > 1:
         for i, products in enumerate(sums):
-            _store(refs, shape, warpgroup, work, column, i, products)
+            _store(refs, shape, warpgroup, work, i, products)
         return step
     products = sums[0] if shape.num_weights == 1 else jax.nn.silu(sums[0]) * sums[1]
     if shape.has_row_scale:
         products *= _along_rows(refs.row_scale.at[pl.ds(work.row, plan.tokens)])
-    _store(refs, shape, warpgroup, work, column, 0, products)
+    _store(refs, shape, warpgroup, work, 0, products)
     return step
 
 
@@ -355,11 +383,10 @@ def _part(tile: Any, x: Any, shape: _Shape) -> Array:
     return pl.run_scoped(multiply, plgpu.ACC((WARPGROUP_ROWS, shape.plan.tokens), jnp.float32))
 
 
-def _store(
-    refs: _Refs, shape: _Shape, warpgroup: Any, work: _Work, column: Any, which: int, products: Array
-) -> None:
+def _store(refs: _Refs, shape: _Shape, warpgroup: Any, work: _Work, which: int, products: Array) -> None:
     """Writes the rows that the tile has, as powers of two, since a copy's size is static."""
     tile = refs.out_tiles.at[warpgroup]
+    columns = pl.ds(_first_row(shape, warpgroup, work), WARPGROUP_ROWS)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     transposed = plgpu.layout_cast(products.astype(tile.dtype), plgpu.Layout.WGMMA_TRANSPOSED)
     store(plgpu.transpose_ref(tile, (1, 0)), transposed)
@@ -370,7 +397,7 @@ def _store(
 
         @pl.when(work.rows & size != 0)
         def _(done: Any = done, size: int = size) -> None:
-            rows = refs.out.at[work.split, which, pl.ds(work.row + done, size), pl.ds(column, WARPGROUP_ROWS)]
+            rows = refs.out.at[work.split, which, pl.ds(work.row + done, size), columns]
             plgpu.copy_smem_to_gmem(tile.at[pl.ds(done, size)], rows)
 
         done += work.rows & size

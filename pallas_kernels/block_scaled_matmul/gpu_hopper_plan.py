@@ -1,6 +1,7 @@
 """Tiles of the products on Hopper."""
 
 import dataclasses
+import math
 
 from pallas_kernels.block_scaled import BLOCK, num_blocks
 from pallas_kernels.gpu_chip import KIB, gpu_chip
@@ -10,6 +11,8 @@ WARPGROUP_ROWS = 64
 """Rows of the weight that a warpgroup multiplies: the M side of wgmma."""
 WARPGROUPS = 2
 MAX_STAGES = 16
+_MAX_TOKENS = {(1, 2): 160, (2, 2): 96, (1, 1): 192, (2, 1): 128}
+"""Weights, bytes of an element of x -> rows of x whose sums and fresh accumulators fit the registers."""
 RESERVED_BYTES = 4 * KIB
 """Shared memory left for barriers and for what Mosaic takes."""
 
@@ -20,7 +23,7 @@ class HopperPlan:
 
     Attributes:
         tokens: rows of x in a tile.
-        scale_tokens: of which it copies scales; no copy is of fewer than 128 bytes.
+        scale_tokens: of which it copies scales, in multiples of 128 bytes.
         warpgroups: that multiply, each `WARPGROUP_ROWS` rows of the weight, or of each of a pair.
         columns: tiles along N.
         columns_together: how many of them follow each other before the next rows of x; divides `columns`.
@@ -67,13 +70,14 @@ def choose_plan(
     """
     chip = gpu_chip()
     assert chip is not None
-    tokens = _row_tile(num_rows, num_groups, 64 if num_weights == 2 and x_bytes == 2 else 128)
+    tokens = _row_tile(num_rows, num_groups, _MAX_TOKENS[num_weights, x_bytes])
+    scale_tokens = -(-tokens // 32) * 32
     rows = WARPGROUPS * WARPGROUP_ROWS
     columns = -(-num_columns // rows)
     visits = max_gpu_visits(num_groups, num_rows, tokens) if num_groups > 1 else -(-num_rows // tokens)
     depth_blocks = num_blocks(depth)
     splits = 1
-    if num_groups == 1 and visits * columns < chip.sms:
+    if visits * columns < chip.sms:
         splits = max(min(chip.sms // (visits * columns), depth_blocks // 4), 1)
     part = -(-depth_blocks // splits)
     splits = -(-depth_blocks // part)
@@ -84,7 +88,7 @@ def choose_plan(
     stages = min((chip.shared_bytes - RESERVED_BYTES - out_tile) // step_bytes, MAX_STAGES)
     return HopperPlan(
         tokens=tokens,
-        scale_tokens=max(tokens, 32),
+        scale_tokens=scale_tokens,
         warpgroups=WARPGROUPS,
         columns=columns,
         columns_together=max(c for c in range(1, min(columns, 16) + 1) if columns % c == 0),
@@ -97,6 +101,11 @@ def choose_plan(
 
 
 def _row_tile(num_rows: int, num_groups: int, largest: int) -> int:
-    """A power of two from 8, the mean size of a group or the next above."""
+    """A multiple of 8 such that most groups need as few tiles as they can.
+
+    A group's size varies about as a Poisson variable does; a second tile reads the weights once more.
+    """
     mean = -(-num_rows // num_groups)
-    return min(max(1 << (mean - 1).bit_length(), 8), largest)
+    enough = mean if num_groups == 1 else mean + 2 * math.sqrt(mean)
+    tiles = math.ceil(enough / largest)
+    return math.ceil(enough / tiles / 8) * 8
