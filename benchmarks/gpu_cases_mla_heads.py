@@ -1,6 +1,7 @@
 """Cases of `absorb_queries` and `head_values` on GPUs: the halves of V3's kv_b_proj, all 128 heads and an eighth."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +33,7 @@ def _cases(rows: int, heads: int) -> Iterator[GpuCase]:
     def values(context: Array, layer: Array, kv_b: BlockScaled) -> Array:
         return gpu.head_values(context, kv_b, DIMS, layer)
 
-    abstract = jax.ShapeDtypeStruct
+    abstract: Any = jax.ShapeDtypeStruct
     layer = abstract((), jnp.int32)
     shape = (LAYERS, heads * 2 * BLOCK, RANK)
     kv_b = BlockScaled(

@@ -194,7 +194,7 @@ def _product(a: Any, b: Any) -> Array:
         plgpu.wgmma(accumulator, a, b)
         return accumulator[...]
 
-    return pl.run_scoped(multiply, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
+    return pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((a.shape[0], b.shape[1]), jnp.float32))
 
 
 def _store(tile_result: Array, staging: Any, out: Any, tile: Any, columns: Any) -> None:

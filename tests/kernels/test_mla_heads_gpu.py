@@ -1,6 +1,7 @@
 """The GPU kernels of `mla_heads`: interpreted on a CPU, for both generations, and on a GPU where there is one."""
 
 from types import ModuleType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -109,7 +110,8 @@ def test_a_weight_in_float32_is_not_taken() -> None:
 def test_on_a_gpu(rows: int, heads: int) -> None:
     weight = kv_b(heads, 512, 2, "float8")
     q, rope, context = random(rows, heads * 192), random(rows, 64), random(rows, heads, 512)
-    for function, arguments in ((absorb_queries, (q, rope)), (head_values, (context,))):
+    calls: list[tuple[Any, tuple[Array, ...]]] = [(absorb_queries, (q, rope)), (head_values, (context,))]
+    for function, arguments in calls:
         got, expected = (
             jax.jit(lambda *x, i=name, f=function: f(*x, weight, DIMS, layer=1, implementation=i))(*arguments)
             for name in ("pallas", "reference")
