@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 
 BLOCK = 128
@@ -28,6 +29,10 @@ class BlockScaled:
 
     values: Array
     scales: Array
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return self.values.dtype
 
     @property
     def shape(self) -> tuple[int, ...]:

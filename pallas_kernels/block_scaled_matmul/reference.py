@@ -1,4 +1,4 @@
-"""Definition of the block-scaled matmul, and its path on a CPU: a tile of the weight at a time."""
+"""Definition of the block-scaled matmul, and its path where there is no kernel: a tile of the weight at a time."""
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +25,12 @@ def block_scaled_matmul(
         x = rms_norm(x, norm, layer)
     if not isinstance(weights[0], BlockScaled):
         activations = "none"
-    rows = as_rows(x, activations, scale_fmt)
-    products = [_product(rows, weight, layer) for weight in weights]
+    if x.dtype == weights[0].dtype == jnp.bfloat16:
+        rows = x.reshape(-1, x.shape[-1])
+        products = [_plain_product(rows, weight, layer) for weight in weights]
+    else:
+        rows = as_rows(x, activations, scale_fmt)
+        products = [_product(rows, weight, layer) for weight in weights]
     out = products[0] if len(products) == 1 else jax.nn.silu(products[0]) * products[1]
     out = out.reshape(*x.shape[:-1], weights[0].shape[-2]).astype(out_dtype)
     return out if residual is None else residual.astype(out_dtype) + out
@@ -38,6 +42,13 @@ def as_rows(x: Array, activations: str, scale_fmt: str | None) -> Array:
     if activations == "float8":
         return dequantize_activations(*quantize_activations(rows, scale_fmt))
     return rows.astype(jnp.float32)
+
+
+def _plain_product(x: Array, weight: Weight, layer: Array | int | None) -> Array:
+    """bfloat16 [M, K] times a bfloat16 matrix: products are exact in float32, so neither is converted."""
+    assert not isinstance(weight, BlockScaled)
+    matrix = weight if layer is None else lax.dynamic_index_in_dim(weight, layer, keepdims=False)
+    return lax.dot_general(x, matrix, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
 
 
 def _product(x: Array, weight: Weight, layer: Array | int | None) -> Array:

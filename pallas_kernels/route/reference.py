@@ -14,8 +14,13 @@ def route(
 ) -> Routed:
     """Arguments as of the public function."""
     normed = None if norm is None else rms_norm(x, norm, layer)
-    rows = (x if normed is None else normed).astype(jnp.float32)
-    logits = block_scaled_matmul(rows, weight, layer=layer, implementation="reference")
+    logits = block_scaled_matmul(
+        x if normed is None else normed,
+        weight,
+        layer=layer,
+        out_dtype=jnp.float32,
+        implementation="reference",
+    )
     scores = score(logits, rule)
     choice = scores
     if bias is not None:
