@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from pallas_kernels.block_scaled import Weight
-from pallas_kernels.block_scaled_matmul import reference, tpu
+from pallas_kernels.block_scaled import BlockScaled, Weight
+from pallas_kernels.block_scaled_matmul import gpu, reference, tpu
 from pallas_kernels.implementation import Kernel, choose
 from pallas_kernels.normalize import Norm
 from pallas_kernels.quantize import ScaleFormat
@@ -48,8 +48,8 @@ def block_scaled_matmul(
     Returns:
         [..., N].
     """
-    function = _implementation(implementation, "block_scaled_matmul", weight)
     dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
+    function = _implementation(implementation, "block_scaled_matmul", x, (weight,), activations, dtype)
     return function(x, (weight,), layer, norm, residual, activations, scale_fmt, dtype)
 
 
@@ -74,10 +74,24 @@ def block_scaled_swiglu(
     Returns:
         [..., N] in x's dtype; the activation function is computed in float32.
     """
-    function = _implementation(implementation, "block_scaled_swiglu", gate)
+    function = _implementation(implementation, "block_scaled_swiglu", x, (gate, up), activations, x.dtype)
     return function(x, (gate, up), layer, norm, None, activations, scale_fmt, x.dtype)
 
 
-def _implementation(name: str | None, operation: str, weight: Weight) -> Callable[..., Array]:
-    kernel = Kernel(tpu.block_scaled_matmul, lambda: tpu.unsupported(weight))
-    return choose(operation, name, reference=reference.block_scaled_matmul, tpu=kernel)
+def _implementation(
+    name: str | None,
+    operation: str,
+    x: Array,
+    weights: tuple[Weight, ...],
+    activations: str,
+    out_dtype: jnp.dtype,
+) -> Callable[..., Array]:
+    # On a GPU, XLA multiplies by plain matrices as fast as a kernel would.
+    on_gpu = Kernel(gpu.block_scaled_matmul, lambda: gpu.unsupported(x, weights, activations, out_dtype))
+    return choose(
+        operation,
+        name,
+        reference=reference.block_scaled_matmul,
+        tpu=Kernel(tpu.block_scaled_matmul, lambda: tpu.unsupported(weights[0])),
+        gpu=on_gpu if isinstance(weights[0], BlockScaled) else None,
+    )

@@ -7,7 +7,7 @@ from jax import Array
 from pallas_kernels.block_scaled import Weight
 from pallas_kernels.block_scaled_matmul import ActivationFormat
 from pallas_kernels.group_rows import Visits
-from pallas_kernels.grouped_matmul import reference, tpu
+from pallas_kernels.grouped_matmul import gpu, reference, tpu
 from pallas_kernels.grouped_matmul.rows import row_tile
 from pallas_kernels.implementation import Kernel, choose
 from pallas_kernels.quantize import ScaleFormat
@@ -45,7 +45,7 @@ def grouped_matmul(
     Returns:
         [M, N] in x's dtype.
     """
-    function = _implementation(implementation, "grouped_matmul", weight)
+    function = _implementation(implementation, "grouped_matmul", x, (weight,), activations)
     return function(x, (weight,), group_sizes, visits, row_scale, layer, activations, scale_fmt)
 
 
@@ -71,10 +71,17 @@ def grouped_swiglu(
     Returns:
         [M, N] in x's dtype; rows beyond the last group are zeros.
     """
-    function = _implementation(implementation, "grouped_swiglu", gate)
+    function = _implementation(implementation, "grouped_swiglu", x, (gate, up), activations)
     return function(x, (gate, up), group_sizes, visits, None, layer, activations, scale_fmt)
 
 
-def _implementation(name: str | None, operation: str, weight: Weight) -> Callable[..., Array]:
-    kernel = Kernel(tpu.grouped_matmul, lambda: tpu.unsupported(weight))
-    return choose(operation, name, reference=reference.grouped_matmul, tpu=kernel)
+def _implementation(
+    name: str | None, operation: str, x: Array, weights: tuple[Weight, ...], activations: str
+) -> Callable[..., Array]:
+    return choose(
+        operation,
+        name,
+        reference=reference.grouped_matmul,
+        tpu=Kernel(tpu.grouped_matmul, lambda: tpu.unsupported(weights[0])),
+        gpu=Kernel(gpu.grouped_matmul, lambda: gpu.unsupported(x, weights, activations)),
+    )

@@ -6,7 +6,7 @@ from jax import Array
 
 from pallas_kernels.block_scaled import Weight
 from pallas_kernels.implementation import Kernel, choose
-from pallas_kernels.mla_heads import reference, tpu
+from pallas_kernels.mla_heads import gpu, reference, tpu
 
 __all__ = ["HeadDims", "absorb_queries", "head_values"]
 
@@ -43,8 +43,13 @@ def absorb_queries(
     Returns:
         [M, H, kv_lora_rank] and [M, H, Dr] in q's dtype. Inputs are not quantised, products accumulate in float32.
     """
-    kernel = Kernel(tpu.absorb_queries, lambda: tpu.unsupported(kv_b, dims))
-    function = choose("absorb_queries", implementation, reference=reference.absorb_queries, tpu=kernel)
+    function = choose(
+        "absorb_queries",
+        implementation,
+        reference=reference.absorb_queries,
+        tpu=Kernel(tpu.absorb_queries, lambda: tpu.unsupported(kv_b, dims)),
+        gpu=Kernel(gpu.absorb_queries, lambda: gpu.unsupported(q, kv_b, dims)),
+    )
     return function(q, rope, kv_b, dims, layer)
 
 
@@ -65,6 +70,11 @@ def head_values(
     Returns:
         [M, H * Dv] in context's dtype.
     """
-    kernel = Kernel(tpu.head_values, lambda: tpu.unsupported(kv_b, dims))
-    function = choose("head_values", implementation, reference=reference.head_values, tpu=kernel)
+    function = choose(
+        "head_values",
+        implementation,
+        reference=reference.head_values,
+        tpu=Kernel(tpu.head_values, lambda: tpu.unsupported(kv_b, dims)),
+        gpu=Kernel(gpu.head_values, lambda: gpu.unsupported(context, kv_b, dims)),
+    )
     return function(context, kv_b, dims, layer)
