@@ -9,7 +9,7 @@ import functools
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels.block_scaled import BlockScaled, Weight
+from pallas_kernels.block_scaled import BLOCK, BlockScaled, Weight
 from pallas_kernels.block_scaled_matmul import gpu_blackwell, gpu_hopper, reference
 from pallas_kernels.gpu_chip import gpu_chip
 from pallas_kernels.gradient import with_gradient_of
@@ -17,8 +17,8 @@ from pallas_kernels.normalize import Norm, rms_norm
 from pallas_kernels.quantize.reference import quantize_activations
 from pallas_kernels.stack import float_values, layer_index, stacked
 
-TMA_BYTES = 16
-"""Strides of what the copy engine moves are multiples of this."""
+TILE_ROWS = 8
+"""Matrices lie in shared memory as tiles of 8 rows and 128 bytes, and Mosaic cuts none at the edge of an array."""
 
 
 def unsupported(x: Array, weights: tuple[Weight, ...], activations: str, out_dtype: jnp.dtype) -> str | None:
@@ -44,10 +44,10 @@ def unsupported_product(
     if x.size == 0:
         return "no rows"
     num_columns, depth = weights[0].shape[-2:]
-    if depth * dtype.itemsize % TMA_BYTES:
-        return f"a depth of {depth}, whose rows are no multiple of {TMA_BYTES} bytes"
-    if num_columns * jnp.dtype(out_dtype).itemsize % TMA_BYTES:
-        return f"{num_columns} columns, whose rows are no multiple of {TMA_BYTES} bytes"
+    if depth % BLOCK:
+        return f"a depth of {depth}, no multiple of {BLOCK}"
+    if num_columns % TILE_ROWS:
+        return f"{num_columns} columns, no multiple of {TILE_ROWS}"
     return None
 
 

@@ -68,7 +68,8 @@ def multiply(
         jnp.dtype(out_dtype).itemsize,
     )
     visits = plan_gpu_visits(group_sizes, num_rows, plan.tokens)
-    padding = max(plan.tokens - num_rows, 0)
+    # Mosaic copies tiles of 8 rows, and the copy engine wants scales of a multiple of 16 bytes.
+    padding = max(plan.tokens - num_rows, -num_rows % 8)
     operands = [
         layer,
         visits.group,
@@ -78,8 +79,7 @@ def multiply(
         jnp.pad(x, ((0, padding), (0, 0))),
     ]
     if x_scales is not None:
-        # The copy engine wants rows of multiples of 16 bytes.
-        padding = max(plan.scale_tokens - num_rows, -num_rows % 4)
+        padding = max(plan.scale_tokens - num_rows, -num_rows % 8)
         operands.append(jnp.pad(x_scales, ((0, 0), (0, padding))))
     operands += [*values, *scales]
     if row_scale is not None and plan.splits == 1:
