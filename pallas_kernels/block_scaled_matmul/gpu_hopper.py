@@ -339,7 +339,7 @@ def _multiply_tile(
         # Those of the next step, so that none waits for them.
         next_scales = _scales(refs, shape, warpgroup, work, k + 1)
         plgpu.barrier_wait(refs.full.at[slot])
-        x = plgpu.transpose_ref(refs.x_tiles.at[slot], (1, 0))
+        x = refs.x_tiles.at[slot].transpose((1, 0))
         rows = pl.ds(warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)
         totals = []
         for i, total in enumerate(sums):
@@ -389,7 +389,7 @@ def _store(refs: _Refs, shape: _Shape, warpgroup: Any, work: _Work, which: int, 
     columns = pl.ds(_first_row(shape, warpgroup, work), WARPGROUP_ROWS)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     transposed = plgpu.layout_cast(products.astype(tile.dtype), plgpu.Layout.WGMMA_TRANSPOSED)
-    store(plgpu.transpose_ref(tile, (1, 0)), transposed)
+    store(tile.transpose((1, 0)), transposed)
     plgpu.commit_smem()
     size = 1 << (min(shape.plan.tokens, refs.out.shape[2]).bit_length() - 1)
     done = 0
