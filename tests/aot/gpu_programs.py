@@ -1,4 +1,4 @@
-"""Programs for absent GPUs: each takes a mesh with the axis `tensor` and returns a function, its arguments, jit's options."""
+"""Programs for absent GPUs: each takes a mesh with the axis `tensor`, returns a function, arguments, jit's options."""
 
 import dataclasses
 import functools
@@ -24,7 +24,9 @@ BATCH, CONTEXT, PROMPT = 8, 8192, 2048
 Program = tuple[Any, tuple, dict[str, Any]]
 
 
-def _step(mesh: Mesh, step: Step, config: ModelConfig, precision: Precision, *inputs: tuple[int, ...]) -> Program:
+def _step(
+    mesh: Mesh, step: Step, config: ModelConfig, precision: Precision, *inputs: tuple[int, ...]
+) -> Program:
     """`step` with abstract weights and cache, cut over `tensor` where that is more than one device."""
     whole = NamedSharding(mesh, PartitionSpec())
     shardings = tensor_shardings(mesh, config, precision)
