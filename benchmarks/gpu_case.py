@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
@@ -36,6 +38,9 @@ class GpuCase:
         ideal_bytes: what has to move between device memory and the chip at least.
         flops: that the operation needs, without padding.
         tile: of the plan that the kernel makes for the chip in force.
+        integers: values of the integer arguments (group sizes, lengths, pages, layer), in the order of the flattened
+            arguments; what a run on a GPU takes.
+        xla: XLA's own best at the same operation, of the same arguments.
     """
 
     kernel: str
@@ -46,3 +51,5 @@ class GpuCase:
     ideal_bytes: int
     flops: int
     tile: Tile
+    integers: tuple[np.ndarray | int, ...] = ()
+    xla: Callable | None = None

@@ -19,22 +19,22 @@ REGISTERS_AN_SM = 65536
 PREFACE = """\
 # GPU kernels: what was compiled, and what that says
 
-Made by `python -m benchmarks.gpu_report` from the results of `python -m benchmarks.gpu_check` with jax {versions}; not to
-be edited. Every kernel was compiled to machine code by XLA, Mosaic GPU and `ptxas` at V3's shapes, whole (TP 1) and cut by
-eight (TP 8). {measured}
+Made by `python -m benchmarks.gpu_report` from the results of `python -m benchmarks.gpu_check` with jax {versions}; not
+to be edited. Every kernel was compiled to machine code by XLA, Mosaic GPU and `ptxas` at V3's shapes, whole (TP 1) and
+cut by eight (TP 8). {measured}
 The arithmetic of each was run by Mosaic's interpreter on a CPU against the references (`tests/kernels/test_*_gpu.py`),
 at small shapes. cuDNN, NCCL and cuBLAS were not involved.
 
 - **registers**: of a thread, at launch, with the oldest / the newest JAX; none spills (a spill fails the check).
 - **shared**: KiB of shared memory of a block, and blocks that one SM holds beside one another.
 - **instructions**: tensor-core instructions in the kernel's PTX, and how many of them stand there.
-- **in flight**: KiB that one SM has requested at a time: bytes of a pipeline stage x stages x blocks on an SM. By Little's
-  law an SM needs bandwidth x latency / SMs of it, {needs} KiB ({latency:.1f} us assumed); above that
-  the pipeline is deep enough for the whole bandwidth.
+- **in flight**: KiB that one SM has requested at a time: bytes of a pipeline stage x stages x blocks on an SM. By
+  Little's law an SM needs bandwidth x latency / SMs of it: {needs} KiB ({latency:.1f} us assumed).
+  Above that the pipeline is deep enough for the whole bandwidth.
 - **tensor**: time that the tensor cores need for a stage, padding included, over the time that its bytes need at the
   peak bandwidth. Well below 1 the kernel is bound by memory, as a decode step should be, above 1 by its products.
-- **floor**: microseconds that the operation's bytes take at the chip's peak bandwidth, or its FLOPs at the tensor cores'
-  peak, whichever is longer: no kernel can be faster.
+- **floor**: microseconds that the operation's bytes take at the chip's peak bandwidth, or its FLOPs at the peak of the
+  tensor cores, whichever is longer: no kernel can be faster.
 - **fill**: blocks with work over the SMs times the blocks that each holds: below 1 some SMs stand idle.
 """
 HEADER = (
