@@ -1,6 +1,7 @@
 """What differs between the versions of Mosaic GPU that are supported."""
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.gpu_chip import interpret
 
 _LOAD_TAKES_INDEX = "idx" in inspect.signature(plgpu.load).parameters
+_STORE = getattr(plgpu, "store", None)
 
 
 def load(ref: Any, *, layout: Any = None, optimized: bool = True) -> Array:
@@ -21,10 +23,10 @@ def load(ref: Any, *, layout: Any = None, optimized: bool = True) -> Array:
 
 def store(ref: Any, value: Array) -> None:
     """ref[...] = value, also where the accesses of shared memory conflict; before 0.11 every store was of that kind."""
-    if hasattr(plgpu, "store"):
-        plgpu.store(ref, value, optimized=False)
-    else:
+    if _STORE is None:
         ref[...] = value
+    else:
+        _STORE(ref, value, optimized=False)
 
 
 def register_product(a: Array, b: Any) -> Array:
@@ -41,4 +43,26 @@ def register_product(a: Array, b: Any) -> Array:
         plgpu.wgmma(accumulator, a, b)
         return accumulator[...]
 
-    return pl.run_scoped(multiply, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
+    return pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((a.shape[0], b.shape[1]), jnp.float32))
+
+
+def accumulate(values: tuple[Array, ...], multiply: Callable[..., None]) -> tuple[Array, ...]:
+    """Adds wgmma's products to values in registers, in place; the interpreter adds them afterwards.
+
+    Args:
+        values: float32, each [64, N].
+        multiply: adds products to as many accumulator references.
+    """
+    if not interpret():
+        return pl.run_state(lambda references: multiply(*references))(
+            tuple(plgpu.WGMMAAccumulatorRef.init(value) for value in values)
+        )
+
+    def products(*references: Any) -> tuple[Array, ...]:
+        multiply(*references)
+        return tuple(reference[...] for reference in references)
+
+    fresh = [plgpu.WGMMAAccumulatorRef(value.shape, jnp.float32) for value in values]
+    return tuple(
+        value + product for value, product in zip(values, pl.run_scoped(products, *fresh), strict=True)
+    )

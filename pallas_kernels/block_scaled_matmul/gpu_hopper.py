@@ -380,7 +380,9 @@ def _part(tile: Any, x: Any, shape: _Shape) -> Array:
         plgpu.wgmma(accumulator, tile, x)
         return accumulator[...]
 
-    return pl.run_scoped(multiply, plgpu.ACC((WARPGROUP_ROWS, shape.plan.tokens), jnp.float32))
+    return pl.run_scoped(
+        multiply, plgpu.WGMMAAccumulatorRef((WARPGROUP_ROWS, shape.plan.tokens), jnp.float32)
+    )
 
 
 def _store(refs: _Refs, shape: _Shape, warpgroup: Any, work: _Work, which: int, products: Array) -> None:
