@@ -32,7 +32,7 @@ def generate_tiny() -> None:
     """Greedy tokens of `tiny`, by the kernels (where they take its shapes) and by plain XLA."""
     tokens = []
     for implementation in (None, "reference"):
-        model = dsv3_jax.load("tiny", implementation=implementation)
+        model = dsv3_jax.load(implementation=implementation)
         sampling = SamplingParams(max_new_tokens=STEPS, ignore_eos=True)
         assert model.tokenizer is not None
         tokens.append(model.engine.generate([model.tokenizer.encode(PROMPT)], sampling)[0].token_ids)
