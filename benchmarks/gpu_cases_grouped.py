@@ -16,27 +16,31 @@ from pallas_kernels.grouped_matmul import gpu
 EXPERTS, TOP_K = 256, 8
 CHOSEN = {8: 57, 128: 252, 4096: 256}
 """Tokens -> experts that have any, about what uniform routing gives."""
-PAIR, DOWN = (2048, 7168, 2), (7168, 2048, 1)
-"""N, K and number of weights of gate and up, and of down_proj; with TP 8, an eighth of the 2048."""
-PAIR_EIGHTH, DOWN_EIGHTH = (256, 7168, 2), (7168, 256, 1)
+PAIR, DOWN = (2048, 7168), (7168, 2048)
+"""N, K of gate and up, and of down_proj; with TP 8, an eighth of the 2048."""
+PAIR_EIGHTH, DOWN_EIGHTH = (256, 7168), (7168, 256)
 
 
 def grouped_cases() -> list[GpuCase]:
     """Weight-only and W8A8; one layer of experts is as much as any chip holds."""
-    runs: tuple[tuple[int, str, tuple[tuple[int, int, int], ...], ActivationFormat], ...] = (
-        (8, "", (PAIR, DOWN), "none"),
-        (8, "", (PAIR, DOWN), "float8"),
-        (4096, "", (PAIR, DOWN), "none"),
-        (4096, "", (PAIR, DOWN), "float8"),
-        (8, ", TP 8", (PAIR_EIGHTH, DOWN_EIGHTH), "none"),
-        (128, ", TP 8", (PAIR_EIGHTH, DOWN_EIGHTH), "none"),
-    )
-    products = [
-        Product(f"{'gate and up' if shape[2] == 2 else 'down'}{tp}", tokens * TOP_K, *shape, activations)
-        for tokens, tp, shapes, activations in runs
-        for shape in shapes
+    return [
+        *_pair_and_down(8, "", PAIR, DOWN, "none"),
+        *_pair_and_down(8, "", PAIR, DOWN, "float8"),
+        *_pair_and_down(4096, "", PAIR, DOWN, "none"),
+        *_pair_and_down(4096, "", PAIR, DOWN, "float8"),
+        *_pair_and_down(8, ", TP 8", PAIR_EIGHTH, DOWN_EIGHTH, "none"),
+        *_pair_and_down(128, ", TP 8", PAIR_EIGHTH, DOWN_EIGHTH, "none"),
     ]
-    return [_case(product) for product in products]
+
+
+def _pair_and_down(
+    tokens: int, tp: str, pair: tuple[int, int], down: tuple[int, int], activations: ActivationFormat
+) -> list[GpuCase]:
+    rows = tokens * TOP_K
+    return [
+        _case(Product(f"gate and up{tp}", rows, *pair, 2, activations)),
+        _case(Product(f"down{tp}", rows, *down, 1, activations)),
+    ]
 
 
 def route_uniformly(num_tokens: int) -> np.ndarray:

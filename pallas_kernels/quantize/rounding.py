@@ -54,4 +54,7 @@ def divide(x: Array, divisor: Array | float, *, in_kernel: bool = False) -> Arra
     broadcast = jnp.broadcast_to(jnp.asarray(divisor, x.dtype), x.shape)
     if in_kernel and target()[0] == "tpu":
         return x / broadcast
+    if target()[0] == "gpu":
+        # A barrier would write the divisors to memory, as many as x has elements; these are no broadcast either.
+        return x / jnp.where(x == 0, 1, broadcast)
     return x / lax.optimization_barrier(broadcast)

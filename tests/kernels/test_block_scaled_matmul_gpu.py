@@ -8,6 +8,8 @@ import pytest
 from pallas_kernels.block_scaled_matmul import block_scaled_matmul, block_scaled_swiglu, gpu, reference
 from pallas_kernels.gpu_chip import GpuChip
 from pallas_kernels.normalize import Norm
+from pallas_kernels.quantize import rounding
+from pallas_kernels.quantize.reference import quantize_activations
 from tests.kernels.gpu_matmul import compare, float8, interpreted, on_gpu, random, small_chip
 
 __all__ = ["small_chip"]
@@ -96,6 +98,15 @@ def test_gradients_are_those_of_the_reference(small_chip: GpuChip) -> None:
 )
 def test_unsupported(x, weight, activations: str, phrase: str | None) -> None:
     assert gpu.unsupported(x, (weight,), activations, jnp.dtype(jnp.bfloat16)) == phrase
+
+
+def test_quantisation_is_that_of_other_platforms(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = random(64, 256, dtype=jnp.float32) * jnp.exp(random(64, 1, seed=1, dtype=jnp.float32) * 9)
+    x = x.at[3].set(0).at[:, 7].set(0)
+    expected = quantize_activations(x, None)
+    monkeypatch.setattr(rounding, "target", lambda: ("gpu", "of the test"))
+    for a, b in zip(quantize_activations(x, None), expected, strict=True):
+        np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
 
 
 class TestOnGpu:
