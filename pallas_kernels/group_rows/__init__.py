@@ -2,7 +2,7 @@
 
 from jax import Array
 
-from pallas_kernels.group_rows import reference, tpu
+from pallas_kernels.group_rows import counting, reference, tpu
 from pallas_kernels.group_rows.grouping import Grouping, Visits
 from pallas_kernels.implementation import Kernel, choose
 
@@ -19,10 +19,17 @@ def group_rows(
         valid: bool [M].
         num_groups: static.
         row_tile: rows of a tile of the grouped matmul that will walk along `Grouping.visits`; static.
-        implementation: None, "reference" or "pallas"; more pairs than a decode step has are sorted by XLA in any case.
+        implementation: None, "reference" or "pallas"; more pairs than a decode step has are sorted by XLA in any case;
+            on a GPU XLA counts fewer ones instead of sorting them.
     """
     kernel = reference.group_rows if tpu.unsupported(ids, num_groups) else tpu.group_rows
-    function = choose("group_rows", implementation, reference=reference.group_rows, tpu=Kernel(kernel))
+    function = choose(
+        "group_rows",
+        implementation,
+        reference=reference.group_rows,
+        tpu=Kernel(kernel),
+        gpu=Kernel(counting.group_rows) if ids.size <= counting.MAX_PAIRS else None,
+    )
     return function(ids, valid, num_groups, row_tile)
 
 

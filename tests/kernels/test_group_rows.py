@@ -5,9 +5,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels.group_rows import Grouping, Visits, group_rows, plan_visits
+from pallas_kernels.group_rows import Grouping, Visits, counting, group_rows, plan_visits
 
-IMPLEMENTATIONS = ["reference", "pallas"]
+FORMS = ["reference", "pallas", "counting"]
+
+
+def group(ids: np.ndarray, valid: np.ndarray, num_groups: int, row_tile: int, form: str) -> Grouping:
+    if form == "counting":
+        return counting.group_rows(jnp.asarray(ids), jnp.asarray(valid), num_groups, row_tile)
+    arrays = jnp.asarray(ids), jnp.asarray(valid)
+    return group_rows(*arrays, num_groups=num_groups, row_tile=row_tile, implementation=form)
 
 
 def choices(m: int, k: int, num_groups: int, seed: int) -> np.ndarray:
@@ -45,7 +52,7 @@ def assert_same(got: Grouping | Visits, expected: Grouping | Visits) -> None:
     assert all(leaf.dtype == jnp.int32 for leaf in jax.tree.leaves(got))
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("form", FORMS)
 @settings(max_examples=4, deadline=None, derandomize=True)
 @given(
     m=st.integers(1, 40),
@@ -55,49 +62,35 @@ def assert_same(got: Grouping | Visits, expected: Grouping | Visits) -> None:
     valid=st.sampled_from([0.0, 0.5, 1.0]),
     seed=st.integers(0, 99),
 )
-def test_definition(implementation, m, k, extra, row_tile, valid, seed) -> None:
+def test_definition(form, m, k, extra, row_tile, valid, seed) -> None:
     ids = choices(m, k, k + extra, seed)
     is_valid = np.random.default_rng(seed).random(m) < valid
-    got = group_rows(
-        jnp.asarray(ids),
-        jnp.asarray(is_valid),
-        num_groups=k + extra,
-        row_tile=row_tile,
-        implementation=implementation,
-    )
+    got = group(ids, is_valid, k + extra, row_tile, form)
     assert_same(got, definition(ids, is_valid, k + extra, row_tile))
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
     "m, k, num_groups",
     [(1, 8, 256), (1, 128, 130), (128, 8, 256), (256, 4, 64), (128, 8, 512), (256, 1, 3)],
 )
 @pytest.mark.parametrize("same", [False, True])
-def test_sizes_of_real_models(implementation: str, m: int, k: int, num_groups: int, same: bool) -> None:
+def test_sizes_of_real_models(form: str, m: int, k: int, num_groups: int, same: bool) -> None:
     ids = choices(m, k, num_groups, 0)
     if same:
         ids[:] = ids[0]
     valid = np.arange(m) % 7 != 3
-    got = group_rows(
-        jnp.asarray(ids),
-        jnp.asarray(valid),
-        num_groups=num_groups,
-        row_tile=16,
-        implementation=implementation,
-    )
+    got = group(ids, valid, num_groups, 16, form)
     assert_same(got, definition(ids, valid, num_groups, 16))
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_ids_of_invalid_tokens_do_not_matter(implementation: str) -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_ids_of_invalid_tokens_do_not_matter(form: str) -> None:
     ids = choices(11, 4, 16, 0)
     valid = np.arange(11) % 3 != 1
     expected = definition(ids, valid, 16, 8)
     ids[~valid] = np.iinfo(np.int32).max
-    got = group_rows(
-        jnp.asarray(ids), jnp.asarray(valid), num_groups=16, row_tile=8, implementation=implementation
-    )
+    got = group(ids, valid, 16, 8, form)
     assert_same(got, expected)
 
 
