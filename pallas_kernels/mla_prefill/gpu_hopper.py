@@ -1,0 +1,278 @@
+"""Prefill attention on Hopper: compiled for sm_90a, not run on a GPU.
+
+A block takes 128 queries of one head and walks over chunks of 128 keys. Two warpgroups hold 64 queries each; a third
+only copies. Scores are the sum of two products, so that no key is widened by the rotary part and that part is read as
+it is, common to all heads. The two warpgroups take turns: one's softmax runs while the other has the tensor cores.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import gpu_compat
+from pallas_kernels.gpu_chip import interpret
+from pallas_kernels.mla_prefill.gpu_blocks import KEYS, MASKED, QUERIES, Work, tiled
+
+HELD = 64
+"""Queries of a warpgroup, the rows of a wgmma."""
+GROUPS = QUERIES // HELD
+"""Warpgroups that compute."""
+STAGES = 2
+"""Chunks that are in shared memory or on their way."""
+REGISTERS, COPY_REGISTERS = 232, 40
+ROWS, SCORES = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA
+
+
+class _Refs(NamedTuple):
+    """Arrays in global memory, then shared memory and barriers."""
+
+    ranges: Any
+    start: Any
+    segments: Any
+    q_nope: Any
+    q_rope: Any
+    k_nope: Any
+    k_rope: Any
+    v: Any
+    out: Any
+    own_nope: Any
+    """[groups, 64, D], queries, and then their results."""
+    own_rope: Any
+    """[groups, 64, R]."""
+    nope: Any
+    """[stages, 128, D]."""
+    rope: Any
+    """[stages, 128, R]."""
+    values: Any
+    """[stages, 128, D]."""
+    queries_here: Any
+    keys_here: Any
+    values_here: Any
+    keys_used: Any
+    values_used: Any
+    turn: Any
+
+
+def attend(work: Work) -> Array:
+    """[B, T, H, D]."""
+    wide, narrow = work.v.shape[-1], work.k_rope.shape[-1]
+    batch, heads, blocks = work.blocks
+    used = plgpu.Barrier(num_arrivals=GROUPS, num_barriers=STAGES)
+    kernel = plgpu.kernel(
+        functools.partial(_kernel, scale=work.scale, packed=work.segments is not None),
+        out_type=jax.ShapeDtypeStruct(work.q_nope.shape, work.v.dtype),
+        grid=(batch * heads * blocks,),
+        grid_names=("block",),
+        num_threads=GROUPS + 1,
+        thread_name="group",
+        scratch_types=[
+            tiled((GROUPS, HELD, wide)),
+            tiled((GROUPS, HELD, narrow)),
+            tiled((STAGES, KEYS, wide)),
+            tiled((STAGES, KEYS, narrow)),
+            tiled((STAGES, KEYS, wide)),
+            plgpu.Barrier(num_arrivals=2, num_barriers=GROUPS),
+            plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
+            plgpu.Barrier(num_barriers=STAGES),
+            used,
+            used,
+            plgpu.Barrier(num_arrivals=GROUPS),
+        ],
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+        ),
+        kernel_name="dsv3_mla_prefill",
+        interpret=interpret(),
+    )
+    return kernel(*work.operands)
+
+
+class _Place(NamedTuple):
+    """Where a block stands.
+
+    Attributes:
+        row: of the batch.
+        head: of the queries.
+        query: the block's first.
+        first, full, last: its chunks of keys, those from `full` on with a mask.
+        start: position of the row's first query.
+    """
+
+    row: Any
+    head: Any
+    query: Any
+    first: Any
+    full: Any
+    last: Any
+    start: Any
+
+
+def _place(refs: _Refs) -> _Place:
+    """Blocks of one head follow each other, the one with the most keys first, so that they share keys in L2."""
+    heads, blocks = refs.q_nope.shape[2], refs.ranges.shape[1]
+    index = lax.axis_index("block")
+    head_and_row = lax.div(index, blocks)
+    block = blocks - 1 - lax.rem(index, blocks)
+    row, head = lax.div(head_and_row, heads), lax.rem(head_and_row, heads)
+    first, full, last = (refs.ranges[row, block, i] for i in range(3))
+    return _Place(row, head, block * QUERIES, first, full, last, refs.start[row])
+
+
+def _kernel(*refs: Any, scale: float, packed: bool) -> None:
+    named = _Refs(*refs)
+    place = _place(named)
+    group = lax.axis_index("group")
+
+    @pl.when(group < GROUPS)
+    def _() -> None:
+        plgpu.set_max_registers(REGISTERS, action="increase")
+        _compute(named, place, group, scale, packed)
+
+    @pl.when(group == GROUPS)
+    def _() -> None:
+        plgpu.set_max_registers(COPY_REGISTERS, action="decrease")
+        _copy(named, place)
+
+
+def _copy(refs: _Refs, place: _Place) -> None:
+    """Brings the chunks of keys and values, each as soon as its place is free."""
+
+    @pl.loop(place.first, place.last)
+    def _(chunk: Any) -> None:
+        step = chunk - place.first
+        slot = lax.rem(step, STAGES)
+        keys = pl.ds(chunk * KEYS, KEYS)
+        again = step >= STAGES
+        pl.when(again)(lambda: plgpu.barrier_wait(refs.keys_used.at[slot]))
+        here = refs.keys_here.at[slot]
+        plgpu.copy_gmem_to_smem(refs.k_nope.at[place.row, keys, place.head], refs.nope.at[slot], here)
+        plgpu.copy_gmem_to_smem(refs.k_rope.at[place.row, keys], refs.rope.at[slot], here)
+        pl.when(again)(lambda: plgpu.barrier_wait(refs.values_used.at[slot]))
+        here = refs.values_here.at[slot]
+        plgpu.copy_gmem_to_smem(refs.v.at[place.row, keys, place.head], refs.values.at[slot], here)
+
+
+class _State(NamedTuple):
+    """Of the softmax of 64 queries.
+
+    Attributes:
+        context: float32 [64, D], sum of values by weights so far.
+        peak: [64], the largest score to base 2.
+        total: [64], sum of weights.
+    """
+
+    context: Array
+    peak: Array
+    total: Array
+
+
+def _compute(refs: _Refs, place: _Place, group: Any, scale: float, packed: bool) -> None:
+    query = place.query + group * HELD
+    queries = pl.ds(query, HELD)
+    nope, rope = refs.own_nope.at[group], refs.own_rope.at[group]
+    here = refs.queries_here.at[group]
+    plgpu.copy_gmem_to_smem(refs.q_nope.at[place.row, queries, place.head], nope, here)
+    plgpu.copy_gmem_to_smem(refs.q_rope.at[place.row, queries, place.head], rope, here)
+    state = _State(
+        _filled((HELD, refs.v.shape[-1]), 0.0, SCORES),
+        _filled((HELD,), MASKED, ROWS),
+        _filled((HELD,), 0.0, ROWS),
+    )
+    plgpu.barrier_wait(here)
+    pl.when(group == 1)(lambda: _take_turns(refs))
+    body = functools.partial(_chunk, refs, place, group, scale, packed)
+    state = lax.fori_loop(place.first, place.full, functools.partial(body, False), state)
+    state = lax.fori_loop(place.full, place.last, functools.partial(body, True), state)
+    pl.when(group == 0)(lambda: _take_turns(refs))
+    context = state.context / lax.broadcast_in_dim(state.total, state.context.shape, (0,))
+    nope[...] = context.astype(nope.dtype)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(nope, refs.out.at[place.row, queries, place.head])
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _filled(shape: tuple[int, ...], value: float, layout: Any) -> Array:
+    return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
+
+
+def _take_turns(refs: _Refs) -> None:
+    plgpu.barrier_arrive(refs.turn)
+    plgpu.barrier_wait(refs.turn)
+
+
+def _chunk(
+    refs: _Refs,
+    place: _Place,
+    group: Any,
+    scale: float,
+    packed: bool,
+    masked: bool,
+    chunk: Any,
+    state: _State,
+) -> _State:
+    """One chunk of keys; `masked` where some query may not see some key."""
+    slot = lax.rem(chunk - place.first, STAGES)
+    plgpu.barrier_wait(refs.keys_here.at[slot])
+
+    def multiply(scores: Any) -> Array:
+        plgpu.wgmma(scores, refs.own_nope.at[group], refs.nope.at[slot].transpose((1, 0)))
+        plgpu.wgmma(scores, refs.own_rope.at[group], refs.rope.at[slot].transpose((1, 0)))
+        _take_turns(refs)
+        return scores[...]
+
+    scores = pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((HELD, KEYS), jnp.float32))
+    plgpu.barrier_arrive(refs.keys_used.at[slot])
+    if masked:
+        scores = jnp.where(_visible(refs, place, group, chunk, packed), scores, MASKED)
+    peak = jnp.maximum(state.peak, jnp.max(scores, axis=1) * scale)
+    fade = jnp.exp2(state.peak - peak)
+    weights = jnp.exp2(scores * scale - lax.broadcast_in_dim(peak, scores.shape, (0,)))
+    total = state.total * fade + jnp.sum(weights, axis=1)
+    rounded = weights.astype(refs.values.dtype)
+    plgpu.barrier_wait(refs.values_here.at[slot])
+    if masked:
+        _clear_unwritten(refs, place, group, chunk, slot)
+    _take_turns(refs)
+    product = gpu_compat.register_product(rounded, refs.values.at[slot])
+    plgpu.barrier_arrive(refs.values_used.at[slot])
+    context = state.context * lax.broadcast_in_dim(fade, state.context.shape, (0,)) + product
+    return _State(context, peak, total)
+
+
+def _visible(refs: _Refs, place: _Place, group: Any, chunk: Any, packed: bool) -> Array:
+    """Which of the 64 queries see which of the 128 keys."""
+    shape = (HELD, KEYS)
+    position = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=SCORES)
+    key = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=SCORES)
+    first_query = place.query + group * HELD
+    visible = key - position <= place.start + first_query - chunk * KEYS
+    if packed:
+        ids = refs.segments.at[place.row]
+        own = gpu_compat.load(ids.at[pl.ds(first_query, HELD)], layout=ROWS, optimized=False)
+        other = gpu_compat.load(
+            ids.at[pl.ds(chunk * KEYS, KEYS)], layout=SCORES.reduce(0), optimized=False
+        )
+        visible &= lax.broadcast_in_dim(own, shape, (0,)) == lax.broadcast_in_dim(other, shape, (1,))
+    return visible
+
+
+def _clear_unwritten(refs: _Refs, place: _Place, group: Any, chunk: Any, slot: Any) -> None:
+    """Zeros in the values beyond the row's last query, which may be NaN: 0 * NaN is NaN.
+
+    The first warpgroup does it for both: by their turns, the other multiplies by these values after it.
+    """
+    written = place.start + refs.q_nope.shape[1] - chunk * KEYS
+
+    @pl.when((group == 0) & (written < KEYS))
+    def _() -> None:
+        for row in range(0, KEYS, HELD):
+            part = refs.values.at[slot, row : row + HELD]
+            values = gpu_compat.load(part, layout=SCORES)
+            key = plgpu.broadcasted_iota(jnp.int32, part.shape, 0, layout=SCORES)
+            part[...] = jnp.where(key < written - row, values, jnp.zeros_like(values))
+        plgpu.commit_smem()
