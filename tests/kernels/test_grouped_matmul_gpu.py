@@ -105,10 +105,13 @@ def test_visits(seed: int) -> None:
     visits = plan_gpu_visits(jnp.asarray(sizes, jnp.int32), num_rows, tile)
     expected, start = [], 0
     for group, size in enumerate([*sizes, num_rows - sizes.sum()]):
-        expected += [(group, start + i, min(tile, size - i)) for i in range(0, size, tile)]
-        start += size
+        end = start + size
+        for begin in range(start // 8 * 8, end, tile) if size else ():
+            row = max(begin, start)
+            expected.append((group, row, min(begin + tile, end) - row))
+        start = end
     count = int(visits.count[0])
-    assert count <= visits.group.shape[0] == max_gpu_visits(len(sizes), num_rows, tile)
+    assert count == len(expected) <= visits.group.shape[0] == max_gpu_visits(len(sizes), num_rows, tile)
     got = [np.asarray(a)[:count] for a in (visits.group, visits.row, visits.rows)]
     assert list(zip(*got, strict=True)) == expected
 
