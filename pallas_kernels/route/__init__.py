@@ -4,7 +4,7 @@ from jax import Array
 
 from pallas_kernels.implementation import Kernel, choose
 from pallas_kernels.normalize import Norm
-from pallas_kernels.route import reference, tpu
+from pallas_kernels.route import counting, reference, tpu
 from pallas_kernels.route.rule import GroupScore, Routed, Rule, Scoring
 
 __all__ = ["GroupScore", "Routed", "Scoring", "route"]
@@ -53,8 +53,13 @@ def route(
     """
     _check(weight.shape[-2], top_k, n_group, topk_group, group_score)
     rule = Rule(top_k, n_group, topk_group, group_score, scoring, normalize, scale)
-    kernel = Kernel(tpu.route, lambda: tpu.unsupported(x, weight))
-    function = choose("route", implementation, reference=reference.route, tpu=kernel)
+    function = choose(
+        "route",
+        implementation,
+        reference=reference.route,
+        tpu=Kernel(tpu.route, lambda: tpu.unsupported(x, weight)),
+        gpu=Kernel(counting.route) if x.shape[0] <= counting.MAX_TOKENS else None,
+    )
     return function(x, weight, bias, layer, rule, norm)
 
 

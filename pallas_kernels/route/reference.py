@@ -13,20 +13,32 @@ def route(
     x: Array, weight: Array, bias: Array | None, layer: Array | int | None, rule: Rule, norm: Norm | None
 ) -> Routed:
     """Arguments as of the public function."""
+    logits, normed = logits_of(x, weight, layer, norm, "reference")
+    scores = score(logits, rule)
+    ids = choose_experts(choice_of(scores, bias, layer), rule)
+    return Routed(ids, combine_weights(scores, ids, rule), scores, normed)
+
+
+def logits_of(
+    x: Array, weight: Array, layer: Array | int | None, norm: Norm | None, implementation: str | None
+) -> tuple[Array, Array | None]:
+    """float32 [M, E], and the normed tokens [M, H] where there is a norm."""
     normed = None if norm is None else rms_norm(x, norm, layer)
     logits = block_scaled_matmul(
         x if normed is None else normed,
         weight,
         layer=layer,
         out_dtype=jnp.float32,
-        implementation="reference",
+        implementation=implementation,
     )
-    scores = score(logits, rule)
-    choice = scores
-    if bias is not None:
-        choice = scores + (bias if layer is None else bias[layer])
-    ids = choose_experts(choice, rule)
-    return Routed(ids, combine_weights(scores, ids, rule), scores, normed)
+    return logits, normed
+
+
+def choice_of(scores: Array, bias: Array | None, layer: Array | int | None) -> Array:
+    """What experts are chosen by: their scores, and the bias if there is one."""
+    if bias is None:
+        return scores
+    return scores + (bias if layer is None else bias[layer])
 
 
 def score(logits: Array, rule: Rule) -> Array:

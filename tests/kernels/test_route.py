@@ -6,12 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels.normalize import Norm
-from pallas_kernels.route import Routed, route
+from pallas_kernels.route import Routed, counting, route
+from pallas_kernels.route.rule import Rule
 
 RTOL = 2e-6  # float32 sums in any order, the logits' above all
 LAYERS = 2
 EPS = 1e-6
-IMPLEMENTATIONS = ["reference", "pallas"]
+FORMS = ["reference", "pallas", "counting"]
 
 V3 = {"group_score": "top2", "scoring": "sigmoid", "normalize": True, "scale": 2.5}
 V2 = {"group_score": "max", "scoring": "softmax", "normalize": False, "scale": 16.0}
@@ -51,6 +52,13 @@ def scores_of(x: np.ndarray, weight: np.ndarray, scoring: str) -> np.ndarray:
     return np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
 
 
+def route_by(form: str, x, weight, bias, *, layer=None, norm=None, **rule) -> Routed:
+    if form == "counting":
+        arrays = (jnp.asarray(x), jnp.asarray(weight), None if bias is None else jnp.asarray(bias))
+        return counting.route(*arrays, layer, Rule(**rule), norm)
+    return route(x, weight, bias, layer=layer, **rule, norm=norm, implementation=form)
+
+
 def check(got: Routed, bias: np.ndarray | None, rule: dict) -> None:
     """Ids and weights against the definition on the very scores returned: ties would be broken by their last bit."""
     scores = np.asarray(got.scores)
@@ -59,7 +67,7 @@ def check(got: Routed, bias: np.ndarray | None, rule: dict) -> None:
     np.testing.assert_allclose(got.weights, weights, rtol=RTOL)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("form", FORMS)
 @settings(max_examples=8, deadline=None, derandomize=True)
 @given(
     m=st.integers(1, 20),
@@ -70,14 +78,14 @@ def check(got: Routed, bias: np.ndarray | None, rule: dict) -> None:
     normed=st.booleans(),
     data=st.data(),
 )
-def test_definition(implementation, m, n_group, size, h, base, normed, data) -> None:
+def test_definition(form, m, n_group, size, h, base, normed, data) -> None:
     topk_group = data.draw(st.integers(1, n_group))
     top_k = data.draw(st.integers(1, min(topk_group * size, 5)))
     rule = {**base, "n_group": n_group, "topk_group": topk_group, "top_k": top_k}
     t = tensors(m, n_group * size, h)
     bias = t["bias"] if base is V3 else None
     norm = Norm(t["norm_weight"], EPS) if normed else None
-    got = route(t["x"], t["weight"], bias, layer=1, **rule, norm=norm, implementation=implementation)
+    got = route_by(form, t["x"], t["weight"], bias, layer=1, **rule, norm=norm)
     rows = t["x"]
     if normed:
         rows = rows / np.sqrt((rows.astype(np.float64) ** 2).mean(-1, keepdims=True) + EPS)
@@ -91,9 +99,9 @@ def test_definition(implementation, m, n_group, size, h, base, normed, data) -> 
     check(got, None if bias is None else bias[1], rule)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("kind", ["all equal", "two values", "minus infinity"])
-def test_equal_scores_go_to_the_lowest_index(implementation: str, kind: str) -> None:
+def test_equal_scores_go_to_the_lowest_index(form: str, kind: str) -> None:
     rule = {**V3, "n_group": 4, "topk_group": 2, "top_k": 6}
     t = tensors(3, 32, 128)
     bias = np.zeros(32, np.float32)
@@ -103,17 +111,17 @@ def test_equal_scores_go_to_the_lowest_index(implementation: str, kind: str) -> 
         bias[:] = -np.inf
         bias[[8, 30]] = 0
     weight = np.zeros_like(t["weight"][0])
-    got = route(t["x"], weight, bias, **rule, implementation=implementation)
+    got = route_by(form, t["x"], weight, bias, **rule)
     check(got, bias, rule)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-def test_v3_sized_choice_in_several_blocks(implementation: str, dtype: jnp.dtype) -> None:
+def test_v3_sized_choice_in_several_blocks(form: str, dtype: jnp.dtype) -> None:
     rule = {**V3, "n_group": 8, "topk_group": 4, "top_k": 8}
     t = tensors(150, 256, 512)
     x, weight = jnp.asarray(t["x"], dtype), jnp.asarray(t["weight"], dtype)
-    got = route(x, weight, t["bias"], layer=jnp.int32(1), **rule, implementation=implementation)
+    got = route_by(form, x, weight, t["bias"], layer=jnp.int32(1), **rule)
     expected = scores_of(np.asarray(x, np.float32), np.asarray(weight, np.float32)[1], "sigmoid")
     np.testing.assert_allclose(got.scores, expected, rtol=0, atol=RTOL)
     check(got, t["bias"][1], rule)
@@ -137,13 +145,13 @@ def test_norm_rounds_as_the_reference_does() -> None:
     check(got, t["bias"][1], rule)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_rows_do_not_see_each_other(implementation: str) -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_rows_do_not_see_each_other(form: str) -> None:
     rule = {**V3, "n_group": 4, "topk_group": 2, "top_k": 4}
     t = tensors(9, 32, 128)
-    clean = route(t["x"], t["weight"], t["bias"], layer=0, **rule, implementation=implementation)
+    clean = route_by(form, t["x"], t["weight"], t["bias"], layer=0, **rule)
     t["x"][[2, 5]] = [[np.nan], [np.inf]]
-    got = route(t["x"], t["weight"], t["bias"], layer=0, **rule, implementation=implementation)
+    got = route_by(form, t["x"], t["weight"], t["bias"], layer=0, **rule)
     others = np.array([0, 1, 3, 4, 6, 7, 8])
     np.testing.assert_array_equal(got.ids[others], clean.ids[others])
     np.testing.assert_array_equal(got.weights[others], clean.weights[others])
