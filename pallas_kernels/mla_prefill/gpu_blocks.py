@@ -73,6 +73,10 @@ class Work:
         q_nope, k_nope, v = (_pad(x, wide) for x in (q_nope, k_nope, v))
         q_rope, k_rope = (_pad(x, k_rope.shape[-1]) for x in (q_rope, k_rope))
         ranges = ranges.transpose(1, 2, 0)
+        if keys > queries:
+            # 0 * NaN is NaN: what nobody has written must not be there. XLA does this where it takes v out of kv.
+            written = jnp.arange(keys) < (start + queries)[:, None]
+            v = jnp.where(written[:, :, None, None], v, 0)
         return cls(q_nope, q_rope, k_nope, k_rope, v, ranges, start, segment_ids, scale * LOG2_E)
 
     @property
@@ -83,6 +87,7 @@ class Work:
             self.ranges,
             self.start,
             segments,
+            jnp.arange(KEYS, dtype=jnp.int32),
             self.q_nope,
             self.q_rope,
             self.k_nope,

@@ -34,6 +34,7 @@ class _Refs(NamedTuple):
     ranges: Any
     start: Any
     segments: Any
+    numbers: Any
     q_nope: Any
     q_rope: Any
     k_nope: Any
@@ -186,8 +187,7 @@ def _compute(refs: _Refs, place: _Place, group: Any, scale: float, packed: bool)
     plgpu.barrier_wait(here)
     pl.when(group == 1)(lambda: _take_turns(refs))
     body = functools.partial(_chunk, refs, place, group, scale, packed)
-    state = lax.fori_loop(place.first, place.full, functools.partial(body, False), state)
-    state = lax.fori_loop(place.full, place.last, functools.partial(body, True), state)
+    state = lax.fori_loop(place.first, place.last, body, state)
     pl.when(group == 0)(lambda: _take_turns(refs))
     context = state.context / lax.broadcast_in_dim(state.total, state.context.shape, (0,))
     nope[...] = context.astype(nope.dtype)
@@ -211,11 +211,10 @@ def _chunk(
     group: Any,
     scale: float,
     packed: bool,
-    masked: bool,
     chunk: Any,
     state: _State,
 ) -> _State:
-    """One chunk of keys; `masked` where some query may not see some key."""
+    """One chunk of keys."""
     slot = lax.rem(chunk - place.first, STAGES)
     plgpu.barrier_wait(refs.keys_here.at[slot])
 
@@ -227,16 +226,17 @@ def _chunk(
 
     scores = pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((HELD, KEYS), jnp.float32))
     plgpu.barrier_arrive(refs.keys_used.at[slot])
-    if masked:
-        scores = jnp.where(_visible(refs, place, group, chunk, packed), scores, MASKED)
+
+    def mask(scores: Array) -> Array:
+        return jnp.where(_visible(refs, place, group, chunk, packed), scores, MASKED)
+
+    scores = lax.cond(chunk >= place.full, mask, lambda scores: scores, scores)
     peak = jnp.maximum(state.peak, jnp.max(scores, axis=1) * scale)
     fade = jnp.exp2(state.peak - peak)
     weights = jnp.exp2(scores * scale - lax.broadcast_in_dim(peak, scores.shape, (0,)))
     total = state.total * fade + jnp.sum(weights, axis=1)
     rounded = weights.astype(refs.values.dtype)
     plgpu.barrier_wait(refs.values_here.at[slot])
-    if masked:
-        _clear_unwritten(refs, place, group, chunk, slot)
     _take_turns(refs)
     product = gpu_compat.register_product(rounded, refs.values.at[slot])
     plgpu.barrier_arrive(refs.values_used.at[slot])
@@ -247,10 +247,11 @@ def _chunk(
 def _visible(refs: _Refs, place: _Place, group: Any, chunk: Any, packed: bool) -> Array:
     """Which of the 64 queries see which of the 128 keys."""
     shape = (HELD, KEYS)
-    position = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=SCORES)
-    key = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=SCORES)
     first_query = place.query + group * HELD
-    visible = key - position <= place.start + first_query - chunk * KEYS
+    # The numbers of the keys are read, for 32 registers hold them if the compiler takes them out of the loop.
+    key = gpu_compat.load(refs.numbers, layout=SCORES.reduce(0), optimized=False)
+    last_key = place.start + first_query - chunk * KEYS + plgpu.broadcasted_iota(jnp.int32, (HELD,), 0, layout=ROWS)
+    visible = lax.broadcast_in_dim(key, shape, (1,)) <= lax.broadcast_in_dim(last_key, shape, (0,))
     if packed:
         ids = refs.segments.at[place.row]
         own = gpu_compat.load(ids.at[pl.ds(first_query, HELD)], layout=ROWS, optimized=False)
@@ -259,20 +260,3 @@ def _visible(refs: _Refs, place: _Place, group: Any, chunk: Any, packed: bool) -
         )
         visible &= lax.broadcast_in_dim(own, shape, (0,)) == lax.broadcast_in_dim(other, shape, (1,))
     return visible
-
-
-def _clear_unwritten(refs: _Refs, place: _Place, group: Any, chunk: Any, slot: Any) -> None:
-    """Zeros in the values beyond the row's last query, which may be NaN: 0 * NaN is NaN.
-
-    The first warpgroup does it for both: by their turns, the other multiplies by these values after it.
-    """
-    written = place.start + refs.q_nope.shape[1] - chunk * KEYS
-
-    @pl.when((group == 0) & (written < KEYS))
-    def _() -> None:
-        for row in range(0, KEYS, HELD):
-            part = refs.values.at[slot, row : row + HELD]
-            values = gpu_compat.load(part, layout=SCORES)
-            key = plgpu.broadcasted_iota(jnp.int32, part.shape, 0, layout=SCORES)
-            part[...] = jnp.where(key < written - row, values, jnp.zeros_like(values))
-        plgpu.commit_smem()
