@@ -8,6 +8,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 ROW_ALIGNMENT = 8
@@ -51,20 +52,43 @@ def plan_gpu_visits(group_sizes: Array | None, num_rows: int, row_tile: int) -> 
         row_tile: rows of a tile, a multiple of 8.
     """
     if group_sizes is None:
-        group_sizes = jnp.full(1, num_rows, jnp.int32)
+        return _one_group(num_rows, row_tile)
     num_groups = group_sizes.shape[0]
-    rest = num_rows - jnp.sum(group_sizes)
-    sizes = jnp.append(group_sizes, rest).astype(jnp.int32)
-    row_ends = jnp.cumsum(sizes)
-    skipped = (row_ends - sizes) % ROW_ALIGNMENT
-    tile_ends = jnp.cumsum(jnp.where(sizes > 0, -(-(sizes + skipped) // row_tile), 0))
-    visit = jnp.arange(max_gpu_visits(num_groups, num_rows, row_tile), dtype=jnp.int32)
-    # The group of a visit is the number of groups whose tiles come before it.
-    before = visit[:, None] >= tile_ends
-    group = jnp.minimum(jnp.sum(before, axis=1, dtype=jnp.int32), num_groups)
-    first_tile = jnp.max(jnp.where(before, tile_ends, 0), axis=1)
-    first_row = jnp.max(jnp.where(before, row_ends, 0), axis=1)
-    last_row = jnp.min(jnp.where(before, num_rows, row_ends), axis=1)
-    begin = first_row // ROW_ALIGNMENT * ROW_ALIGNMENT + (visit - first_tile) * row_tile
+    row_ends = _running_sum(group_sizes)
+    tiles = _tiles(group_sizes, row_ends - group_sizes, row_tile)
+    tile_ends = _running_sum(tiles)
+    visit = jnp.arange(max_gpu_visits(num_groups, num_rows, row_tile), dtype=jnp.int32)[:, None]
+    passed = visit >= tile_ends
+    inside = ~passed & (visit >= tile_ends - tiles)
+
+    def total(mask: Array, values: Array | int) -> Array:
+        return jnp.sum(jnp.where(mask, values, 0), axis=1, dtype=jnp.int32)
+
+    group, first_row, first_tile = total(passed, 1), total(passed, group_sizes), total(passed, tiles)
+    # What no group has belongs to one more, E.
+    size = jnp.where(group == num_groups, num_rows - first_row, total(inside, group_sizes))
+    begin = first_row // ROW_ALIGNMENT * ROW_ALIGNMENT + (visit[:, 0] - first_tile) * row_tile
     row = jnp.maximum(begin, first_row)
-    return GpuVisits(group, row, jnp.minimum(last_row, begin + row_tile) - row, tile_ends[-1:])
+    rows = jnp.minimum(first_row + size, begin + row_tile) - row
+    num_in_groups = jnp.sum(group_sizes)
+    count = jnp.sum(tiles) + _tiles(num_rows - num_in_groups, num_in_groups, row_tile)
+    return GpuVisits(group, row, rows, count.astype(jnp.int32).reshape(1))
+
+
+def _one_group(num_rows: int, row_tile: int) -> GpuVisits:
+    """The walk along a plain matrix, which is known when a program is compiled."""
+    row = np.arange(0, num_rows, row_tile, dtype=np.int32)
+    rows = np.minimum(num_rows - row, row_tile).astype(np.int32)
+    arrays = np.zeros_like(row), row, rows, np.array([row.size], np.int32)
+    return GpuVisits(*(jnp.asarray(array) for array in arrays))
+
+
+def _tiles(size: Array, first_row: Array, row_tile: int) -> Array:
+    """Tiles of groups of so many rows that begin at these."""
+    return jnp.where(size > 0, -(-(size + first_row % ROW_ALIGNMENT) // row_tile), 0)
+
+
+def _running_sum(values: Array) -> Array:
+    """int32 cumsum, as comparisons: they fuse with what follows, a cumsum is two kernels of XLA's."""
+    index = jnp.arange(values.size)
+    return jnp.sum(jnp.where(index <= index[:, None], values, 0), axis=1, dtype=jnp.int32)
