@@ -77,9 +77,9 @@ def plan_gpu_visits(group_sizes: Array | None, num_rows: int, row_tile: int) -> 
 
 def _one_group(num_rows: int, row_tile: int) -> GpuVisits:
     """The walk along a plain matrix, which is known when a program is compiled."""
-    row = np.arange(0, num_rows, row_tile, dtype=np.int32)
-    rows = np.minimum(num_rows - row, row_tile).astype(np.int32)
-    arrays = np.zeros_like(row), row, rows, np.array([row.size], np.int32)
+    row = np.arange(max_gpu_visits(1, num_rows, row_tile), dtype=np.int32) * row_tile
+    rows = np.clip(num_rows - row, 0, row_tile).astype(np.int32)
+    arrays = np.zeros_like(row), row, rows, np.array([np.count_nonzero(rows)], np.int32)
     return GpuVisits(*(jnp.asarray(array) for array in arrays))
 
 
