@@ -22,7 +22,7 @@ from pallas_kernels.block_scaled import BLOCK, num_blocks
 from pallas_kernels.block_scaled_matmul.gpu_hopper_plan import WARPGROUP_ROWS, HopperPlan, choose_plan
 from pallas_kernels.gpu_chip import interpret
 from pallas_kernels.gpu_compat import load, register_product, store
-from pallas_kernels.gpu_visits import GpuVisits, plan_gpu_visits
+from pallas_kernels.gpu_visits import ROW_ALIGNMENT, GpuVisits, plan_gpu_visits
 
 PRODUCER_REGISTERS = 40
 SWIZZLE = 128
@@ -67,6 +67,8 @@ def multiply(
         values[0].dtype.itemsize,
         jnp.dtype(out_dtype).itemsize,
     )
+    partial = plan.splits > 1
+    kernel_dtype = jnp.dtype(jnp.float32 if partial else out_dtype)
     visits = plan_gpu_visits(group_sizes, num_rows, plan.tokens)
     # Mosaic copies tiles of 8 rows, and the copy engine wants scales of a multiple of 16 bytes.
     padding = max(plan.tokens - num_rows, -num_rows % 8)
@@ -82,27 +84,27 @@ def multiply(
         padding = max(plan.scale_tokens - num_rows, -num_rows % 8)
         operands.append(jnp.pad(x_scales, ((0, 0), (0, padding))))
     operands += [*values, *scales]
-    if row_scale is not None and plan.splits == 1:
+    if row_scale is not None and not partial:
         operands.append(jnp.pad(row_scale.astype(jnp.float32), (0, plan.tokens)))
     shape = _Shape(
         num_weights=len(values),
         quantized=x_scales is not None,
         scaled=bool(scales),
-        has_row_scale=row_scale is not None and plan.splits == 1,
+        has_row_scale=row_scale is not None and not partial,
+        swizzled_result=num_columns % (SWIZZLE // kernel_dtype.itemsize) == 0,
         plan=plan,
     )
-    partial = plan.splits > 1
     out = plgpu.kernel(
         functools.partial(_kernel, shape=shape),
         out_type=jax.ShapeDtypeStruct(
             (plan.splits, len(values) if partial else 1, num_rows, num_columns),
-            jnp.float32 if partial else out_dtype,
+            kernel_dtype,
         ),
         grid=(plan.blocks,),
         grid_names=("block",),
         num_threads=plan.warpgroups + 1,
         thread_name="warpgroup",
-        scratch_types=_scratch(shape, x.dtype, values[0].dtype, jnp.float32 if partial else out_dtype),
+        scratch_types=_scratch(shape, x.dtype, values[0].dtype, kernel_dtype),
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
         interpret=interpret(),
         kernel_name=name,
@@ -125,6 +127,8 @@ class _Shape:
         quantized: x is FP8, with scales.
         scaled: the weights have scales.
         has_row_scale: rows of the result are multiplied.
+        swizzled_result: it is written to shared memory without conflicts between banks, which asks for whole tiles of
+            columns.
         plan: tiles.
     """
 
@@ -132,12 +136,15 @@ class _Shape:
     quantized: bool
     scaled: bool
     has_row_scale: bool
+    swizzled_result: bool
     plan: HopperPlan
 
 
-def _tile(dtype: Any) -> tuple[Any, ...]:
-    """How a tile of 128 of K lies in shared memory for wgmma."""
-    return plgpu.TilingTransform((8, SWIZZLE // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(SWIZZLE)
+def _tile(dtype: Any, rows: int = ROW_ALIGNMENT) -> tuple[Any, ...]:
+    """How rows lie in shared memory: for wgmma in tiles of 8."""
+    return plgpu.TilingTransform((rows, SWIZZLE // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(
+        SWIZZLE
+    )
 
 
 def _scratch(shape: _Shape, x_dtype: Any, weight_dtype: Any, out_dtype: Any) -> dict[str, Any]:
@@ -153,7 +160,11 @@ def _scratch(shape: _Shape, x_dtype: Any, weight_dtype: Any, out_dtype: Any) -> 
             plgpu.SMEM((plan.stages, rows, BLOCK), weight_dtype, transforms=_tile(weight_dtype))
             for _ in range(shape.num_weights)
         ],
-        "out_tiles": plgpu.SMEM((plan.warpgroups, plan.tokens, WARPGROUP_ROWS), out_dtype),
+        "out_tiles": plgpu.SMEM(
+            (plan.warpgroups, plan.tokens, WARPGROUP_ROWS),
+            out_dtype,
+            transforms=_tile(out_dtype, 1) if shape.swizzled_result else (),
+        ),
         "full": plgpu.Barrier(num_arrivals=copies, num_barriers=plan.stages),
         "empty": plgpu.Barrier(num_arrivals=plan.warpgroups, num_barriers=plan.stages),
     }
@@ -218,8 +229,8 @@ class _Work:
 
     Attributes:
         group: of its rows; the number of groups for rows beyond the last.
-        row: the first.
-        rows: how many.
+        row: of x, the first of the group in the tile.
+        rows: of the group in the tile.
         column: which tile of columns.
         split: which part of K.
         first: block of 128 of K, and
@@ -282,10 +293,16 @@ def _divide(number: Any, divisor: Any) -> tuple[Any, Any]:
     return lax.div(number, divisor), lax.rem(number, divisor)
 
 
+def _first_token(work: _Work) -> Any:
+    """First row of x in the tile, up to 7 before those of the group: copies of tiles of 8 rows begin at no other."""
+    return lax.div(work.row, ROW_ALIGNMENT) * ROW_ALIGNMENT
+
+
 def _copy_tile(refs: _Refs, shape: _Shape, work: _Work, _: Any, step: Any) -> Any:
     plan = shape.plan
     rows = plan.warpgroups * WARPGROUP_ROWS
     layer = refs.layer[0]
+    first = _first_token(work)
 
     def copy_step(k: Any, step: Any) -> Any:
         slot = lax.rem(step, plan.stages)
@@ -295,13 +312,13 @@ def _copy_tile(refs: _Refs, shape: _Shape, work: _Work, _: Any, step: Any) -> An
             plgpu.barrier_wait(refs.empty.at[slot])
 
         full = refs.full.at[slot]
-        depth, tokens = pl.ds(k * BLOCK, BLOCK), pl.ds(work.row, plan.tokens)
+        depth, tokens = pl.ds(k * BLOCK, BLOCK), pl.ds(first, plan.tokens)
         for values, tiles in zip(refs.values, refs.tiles, strict=True):
             tile = values.at[layer, work.group, pl.ds(work.column * rows, rows), depth]
             plgpu.copy_gmem_to_smem(tile, tiles.at[slot], full)
         plgpu.copy_gmem_to_smem(refs.x.at[tokens, depth], refs.x_tiles.at[slot], full)
         if shape.quantized:
-            tokens = pl.ds(work.row, plan.scale_tokens)
+            tokens = pl.ds(first, plan.scale_tokens)
             plgpu.copy_gmem_to_smem(refs.x_scales.at[k, tokens], refs.x_scale_tiles.at[slot], full)
         return step + 1
 
@@ -358,7 +375,7 @@ def _multiply_tile(
         return step
     products = sums[0] if shape.num_weights == 1 else jax.nn.silu(sums[0]) * sums[1]
     if shape.has_row_scale:
-        products *= _along_rows(refs.row_scale.at[pl.ds(work.row, plan.tokens)])
+        products *= _along_rows(refs.row_scale.at[pl.ds(_first_token(work), plan.tokens)])
     _store(refs, shape, warpgroup, work, 0, products)
     return step
 
@@ -386,21 +403,23 @@ def _part(tile: Any, x: Any, shape: _Shape) -> Array:
 
 
 def _store(refs: _Refs, shape: _Shape, warpgroup: Any, work: _Work, which: int, products: Array) -> None:
-    """Writes the rows that the tile has, as powers of two, since a copy's size is static."""
+    """Writes the rows of the group as powers of two, since the size of a copy is static."""
     tile = refs.out_tiles.at[warpgroup]
     columns = pl.ds(_first_row(shape, warpgroup, work), WARPGROUP_ROWS)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     transposed = plgpu.layout_cast(products.astype(tile.dtype), plgpu.Layout.WGMMA_TRANSPOSED)
-    store(tile.transpose((1, 0)), transposed)
+    if shape.swizzled_result:
+        tile.transpose((1, 0))[...] = transposed
+    else:
+        store(tile.transpose((1, 0)), transposed)
     plgpu.commit_smem()
-    size = 1 << (min(shape.plan.tokens, refs.out.shape[2]).bit_length() - 1)
-    done = 0
+    done, size = 0, 1 << (shape.plan.tokens.bit_length() - 1)
     while size:
 
         @pl.when(work.rows & size != 0)
         def _(done: Any = done, size: int = size) -> None:
             rows = refs.out.at[work.split, which, pl.ds(work.row + done, size), columns]
-            plgpu.copy_smem_to_gmem(tile.at[pl.ds(done, size)], rows)
+            plgpu.copy_smem_to_gmem(tile.at[pl.ds(work.row - _first_token(work) + done, size)], rows)
 
         done += work.rows & size
         size //= 2

@@ -5,7 +5,7 @@ import math
 
 from pallas_kernels.block_scaled import BLOCK, num_blocks
 from pallas_kernels.gpu_chip import KIB, gpu_chip
-from pallas_kernels.gpu_visits import max_gpu_visits
+from pallas_kernels.gpu_visits import ROW_ALIGNMENT, max_gpu_visits
 
 WARPGROUP_ROWS = 64
 """Rows of the weight that a warpgroup multiplies: the M side of wgmma."""
@@ -13,6 +13,10 @@ WARPGROUPS = 2
 MAX_STAGES = 16
 _MAX_TOKENS = {(1, 2): 160, (2, 2): 96, (1, 1): 192, (2, 1): 128}
 """Weights, bytes of an element of x -> rows of x whose sums and fresh accumulators fit the registers."""
+MIN_PART = 4
+"""Blocks of 128 of K."""
+SM_BYTES_A_MICROSECOND, MEMORY_BYTES_A_MICROSECOND, SUM_MICROSECONDS = 45_000, 25_000, 2
+"""Estimates: weights that one SM converts and multiplies, an SM's share of an H100's memory, another kernel."""
 RESERVED_BYTES = 4 * KIB
 """Shared memory left for barriers and for what Mosaic takes."""
 
@@ -76,9 +80,8 @@ def choose_plan(
     columns = -(-num_columns // rows)
     visits = max_gpu_visits(num_groups, num_rows, tokens) if num_groups > 1 else -(-num_rows // tokens)
     depth_blocks = num_blocks(depth)
-    splits = 1
-    if visits * columns < chip.sms:
-        splits = max(min(chip.sms // (visits * columns), depth_blocks // 4), 1)
+    weight_size = num_weights * weight_bytes * num_columns * depth * min(visits, num_groups)
+    splits = _splits(chip.sms, visits * columns, depth_blocks, weight_size)
     part = -(-depth_blocks // splits)
     splits = -(-depth_blocks // part)
     step_bytes = BLOCK * (num_weights * rows * weight_bytes + tokens * x_bytes) + (
@@ -103,9 +106,21 @@ def choose_plan(
 def _row_tile(num_rows: int, num_groups: int, largest: int) -> int:
     """A multiple of 8 such that most groups need as few tiles as they can.
 
-    A group's size varies about as a Poisson variable does; a second tile reads the weights once more.
+    A group's size varies about as a Poisson variable does, and it begins up to 7 rows into its tile; a second tile
+    reads the weights once more.
     """
     mean = -(-num_rows // num_groups)
-    enough = mean if num_groups == 1 else mean + 2 * math.sqrt(mean)
+    enough = mean if num_groups == 1 else mean + 2 * math.sqrt(mean) + ROW_ALIGNMENT - 1
     tiles = math.ceil(enough / largest)
-    return math.ceil(enough / tiles / 8) * 8
+    return math.ceil(enough / tiles / ROW_ALIGNMENT) * ROW_ALIGNMENT
+
+
+def _splits(sms: int, tiles: int, depth_blocks: int, weight_size: int) -> int:
+    """Parts of K for the shortest estimated time, if every part has `MIN_PART` blocks and an SM of its own."""
+
+    def microseconds(splits: int) -> float:
+        rate = min(sms * MEMORY_BYTES_A_MICROSECOND, tiles * splits * SM_BYTES_A_MICROSECOND)
+        return weight_size / rate + (SUM_MICROSECONDS if splits > 1 else 0)
+
+    most = max(min(sms // tiles, depth_blocks // MIN_PART), 1)
+    return min(range(1, most + 1), key=microseconds)
