@@ -8,12 +8,13 @@ from jax import Array
 
 from benchmarks.gpu_case import GpuCase, Tile
 from pallas_kernels.block_scaled import BLOCK, BlockScaled, num_blocks
-from pallas_kernels.block_scaled_matmul import ActivationFormat, gpu
-from pallas_kernels.block_scaled_matmul.gpu_hopper_plan import WARPGROUP_ROWS, choose_plan
+from pallas_kernels.block_scaled_matmul import ActivationFormat, gpu, gpu_blackwell_plan, gpu_hopper_plan
+from pallas_kernels.gpu_chip import gpu_chip
 
 LAYERS = 4
 BF16 = jnp.dtype(jnp.bfloat16)
 WGMMA = {"none": r"^wgmma\.mma_async.*f32\.bf16\.bf16", "float8": r"^wgmma\.mma_async.*f32\.e4m3\.e4m3"}
+TCGEN05 = {"none": r"^tcgen05\.mma.*kind::f16", "float8": r"^tcgen05\.mma.*kind::f8f6f4"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,37 +87,36 @@ def _case(product: Product) -> GpuCase:
         ideal_bytes=moved
         + product.rows * (product.depth * product.x_bytes + product.columns * BF16.itemsize),
         flops=2 * product.weights * product.rows * product.columns * product.depth,
-        tile=tile_of(product, 1, None),
+        tile=tile_of(product, None, None),
     )
 
 
 def instructions(activations: ActivationFormat) -> dict[str, str]:
     """Chip -> the tensor-core instruction that a product must use."""
-    return {"h100": WGMMA[activations], "h200": WGMMA[activations]}
+    return {"h100": WGMMA[activations], "h200": WGMMA[activations], "b200": TCGEN05[activations]}
 
 
-def tile_of(product: Product, num_groups: int, visits: int | None) -> Tile:
+def tile_of(product: Product, num_groups: int | None, visits: int | None) -> Tile:
     """Of the plan of the chip in force.
 
     Args:
-        num_groups: matrices that the rows are spread over.
-        visits: pairs of a group and a tile of its rows; None for one group.
+        num_groups: matrices that the rows are spread over; None where there is one.
+        visits: pairs of a group and a tile of its rows, if there are groups.
     """
-    plan = choose_plan(
-        product.rows,
-        num_groups,
-        product.columns,
-        product.depth,
-        product.weights,
-        product.x_bytes,
-        1,
-        BF16.itemsize,
-    )
+    chip = gpu_chip()
+    sizes = (product.rows, num_groups, product.columns, product.depth)
+    formats = (product.weights, product.x_bytes, 1, BF16.itemsize)
+    if chip is not None and chip.generation == "blackwell":
+        plan = gpu_blackwell_plan.choose_plan(*sizes, *formats)
+        weight_rows = plan.panels * BLOCK
+    else:
+        plan = gpu_hopper_plan.choose_plan(*sizes, *formats)
+        weight_rows = product.weights * plan.warpgroups * gpu_hopper_plan.WARPGROUP_ROWS
     if visits is None:
         visits = -(-product.rows // plan.tokens)
     return Tile(
         bytes=plan.step_bytes,
-        flops=2 * product.weights * plan.warpgroups * WARPGROUP_ROWS * plan.tokens * BLOCK,
+        flops=2 * weight_rows * plan.tokens * BLOCK,
         stages=plan.stages,
         blocks=min(plan.blocks, visits * plan.columns * plan.splits),
     )

@@ -59,7 +59,7 @@ def multiply(
     _, num_groups, num_columns, _ = values[0].shape
     plan = choose_plan(
         num_rows,
-        num_groups,
+        None if group_sizes is None else num_groups,
         num_columns,
         depth,
         len(values),
@@ -91,7 +91,7 @@ def multiply(
         quantized=x_scales is not None,
         scaled=bool(scales),
         has_row_scale=row_scale is not None and not partial,
-        swizzled_result=num_columns % (SWIZZLE // kernel_dtype.itemsize) == 0,
+        swizzled_result=kernel_dtype.itemsize == 2 and num_columns % WARPGROUP_ROWS == 0,
         plan=plan,
     )
     out = plgpu.kernel(
@@ -127,8 +127,8 @@ class _Shape:
         quantized: x is FP8, with scales.
         scaled: the weights have scales.
         has_row_scale: rows of the result are multiplied.
-        swizzled_result: it is written to shared memory without conflicts between banks, which asks for whole tiles of
-            columns.
+        swizzled_result: it is written to shared memory without conflicts between banks, which Mosaic can do with whole
+            rows of 128 bytes of bfloat16.
         plan: tiles.
     """
 

@@ -52,7 +52,7 @@ class HopperPlan:
 
 def choose_plan(
     num_rows: int,
-    num_groups: int,
+    num_groups: int | None,
     num_columns: int,
     depth: int,
     num_weights: int,
@@ -64,7 +64,7 @@ def choose_plan(
 
     Args:
         num_rows: M.
-        num_groups: E.
+        num_groups: E; None where one matrix has all rows.
         num_columns: N.
         depth: K.
         num_weights: 1, or 2 of a pair.
@@ -78,9 +78,11 @@ def choose_plan(
     scale_tokens = -(-tokens // 32) * 32
     rows = WARPGROUPS * WARPGROUP_ROWS
     columns = -(-num_columns // rows)
-    visits = max_gpu_visits(num_groups, num_rows, tokens) if num_groups > 1 else -(-num_rows // tokens)
+    visits = -(-num_rows // tokens)
+    if num_groups is not None:
+        visits = max_gpu_visits(num_groups, num_rows, tokens)
     depth_blocks = num_blocks(depth)
-    weight_size = num_weights * weight_bytes * num_columns * depth * min(visits, num_groups)
+    weight_size = num_weights * weight_bytes * num_columns * depth * min(visits, num_groups or 1)
     splits = _splits(chip.sms, visits * columns, depth_blocks, weight_size)
     part = -(-depth_blocks // splits)
     splits = -(-depth_blocks // part)
@@ -103,14 +105,17 @@ def choose_plan(
     )
 
 
-def _row_tile(num_rows: int, num_groups: int, largest: int) -> int:
+def _row_tile(num_rows: int, num_groups: int | None, largest: int) -> int:
     """A multiple of 8 such that most groups need as few tiles as they can.
 
     A group's size varies about as a Poisson variable does, and it begins up to 7 rows into its tile; a second tile
     reads the weights once more.
     """
-    mean = -(-num_rows // num_groups)
-    enough = mean if num_groups == 1 else mean + 2 * math.sqrt(mean) + ROW_ALIGNMENT - 1
+    if num_groups is None:
+        enough = float(num_rows)
+    else:
+        mean = num_rows / num_groups
+        enough = mean + 2 * math.sqrt(mean) + ROW_ALIGNMENT - 1
     tiles = math.ceil(enough / largest)
     return math.ceil(enough / tiles / ROW_ALIGNMENT) * ROW_ALIGNMENT
 
