@@ -54,15 +54,14 @@ def accumulate(values: tuple[Array, ...], multiply: Callable[..., None]) -> tupl
         multiply: adds products to as many accumulator references.
     """
     if not interpret():
-        return pl.run_state(lambda references: multiply(*references))(
-            tuple(plgpu.WGMMAAccumulatorRef.init(value) for value in values)
-        )
+        initial: Any = tuple(plgpu.WGMMAAccumulatorRef.init(value) for value in values)
+        return pl.run_state(lambda references: multiply(*references))(initial)
 
     def products(*references: Any) -> tuple[Array, ...]:
         multiply(*references)
         return tuple(reference[...] for reference in references)
 
-    fresh = [plgpu.WGMMAAccumulatorRef(value.shape, jnp.float32) for value in values]
+    fresh = [plgpu.WGMMAAccumulatorRef((value.shape[0], value.shape[1]), jnp.float32) for value in values]
     return tuple(
         value + product for value, product in zip(values, pl.run_scoped(products, *fresh), strict=True)
     )
