@@ -34,7 +34,7 @@ class GpuCase:
         function: takes `arguments`; jitted and compiled as it is.
         arguments: pytrees of `jax.ShapeDtypeStruct`.
         instructions: chip -> regular expression of the tensor-core instruction that its PTX must contain; the chips
-            that the case is compiled for.
+            that the case is compiled for; "" where none is needed.
         ideal_bytes: what has to move between device memory and the chip at least.
         flops: that the operation needs, without padding.
         tile: of the plan that the kernel makes for the chip in force.

@@ -135,7 +135,7 @@ def _problems(case: GpuCase, chip: str, kernels: list[PtxKernel]) -> Iterator[st
         yield f"the program has no kernel {case.kernel}"
     pattern = case.instructions[chip]
     for kernel in own:
-        if not any(re.search(pattern, name) for name in kernel.instructions):
+        if pattern and not any(re.search(pattern, name) for name in kernel.instructions):
             yield f"{kernel.name} has no instruction {pattern!r}"
 
 

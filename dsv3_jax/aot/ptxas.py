@@ -13,9 +13,10 @@ from pathlib import Path
 _TENSOR_CORE = re.compile(r"(?:wgmma\.mma_async|tcgen05\.mma|mma\.sync)[.\w:]*")
 _TENSOR_COPY = re.compile(r"cp\.async\.bulk\.tensor[.\w:]*")
 _LAUNCH = re.compile(
-    r"gpu\.launch .*?blocks\([^)]*\) in \((?P<blocks>[^)]*)\) threads\([^)]*\) in \((?P<threads>[^)]*)\)"
-    r"(?: dynamic_shared_memory_size %c(?P<shared>\d+))?"
+    r"gpu\.launch .* threads\([^)]*\) in \((?P<threads>(?:%\w+ = %c\d+\w*(?:, )?)+)\)"
+    r" dynamic_shared_memory_size %c(?P<shared>\d+)"
 )
+"""Once the passes have made constants of its operands, which MLIR names after their values."""
 _SERIALIZED = re.compile(r"wgmma\.mma_async instructions are serialized.*?function '(\w+)'")
 
 
@@ -147,5 +148,5 @@ def _mosaic_launches(dump: Path) -> dict[str, tuple[int, int]]:
             threads = 1
             for constant in re.findall(r"= %c(\d+)", launch["threads"]):
                 threads *= int(constant)
-            found[f"{entry[1]}_mosaic_gpu_kernel"] = (threads, int(launch["shared"] or 0))
+            found[f"{entry[1]}_mosaic_gpu_kernel"] = (threads, int(launch["shared"]))
     return found

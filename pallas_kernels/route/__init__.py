@@ -4,7 +4,7 @@ from jax import Array
 
 from pallas_kernels.implementation import Kernel, choose
 from pallas_kernels.normalize import Norm
-from pallas_kernels.route import counting, reference, tpu
+from pallas_kernels.route import gpu, reference, tpu
 from pallas_kernels.route.rule import GroupScore, Routed, Rule, Scoring
 
 __all__ = ["GroupScore", "Routed", "Scoring", "route"]
@@ -58,7 +58,8 @@ def route(
         implementation,
         reference=reference.route,
         tpu=Kernel(tpu.route, lambda: tpu.unsupported(x, weight)),
-        gpu=Kernel(counting.route) if x.shape[0] <= counting.MAX_TOKENS else None,
+        # XLA routes a prompt's many tokens as fast.
+        gpu=Kernel(gpu.route) if 0 < x.shape[0] <= gpu.MAX_TOKENS else None,
     )
     return function(x, weight, bias, layer, rule, norm)
 

@@ -4,15 +4,25 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.normalize import Norm
-from pallas_kernels.route import Routed, counting, route
+from pallas_kernels.route import Routed, gpu, route
 from pallas_kernels.route.rule import Rule
 
 RTOL = 2e-6  # float32 sums in any order, the logits' above all
 LAYERS = 2
 EPS = 1e-6
-FORMS = ["reference", "pallas", "counting"]
+FORMS = [
+    "reference",
+    "pallas",
+    pytest.param(
+        "gpu",
+        marks=pytest.mark.skipif(
+            not hasattr(plgpu, "InterpretGPUParams"), reason="this JAX cannot interpret GPU kernels"
+        ),
+    ),
+]
 
 V3 = {"group_score": "top2", "scoring": "sigmoid", "normalize": True, "scale": 2.5}
 V2 = {"group_score": "max", "scoring": "softmax", "normalize": False, "scale": 16.0}
@@ -53,9 +63,9 @@ def scores_of(x: np.ndarray, weight: np.ndarray, scoring: str) -> np.ndarray:
 
 
 def route_by(form: str, x, weight, bias, *, layer=None, norm=None, **rule) -> Routed:
-    if form == "counting":
+    if form == "gpu":
         arrays = (jnp.asarray(x), jnp.asarray(weight), None if bias is None else jnp.asarray(bias))
-        return counting.route(*arrays, layer, Rule(**rule), norm)
+        return gpu.route(*arrays, layer, Rule(**rule), norm)
     return route(x, weight, bias, layer=layer, **rule, norm=norm, implementation=form)
 
 
