@@ -49,7 +49,7 @@ def block_scaled_matmul(
         [..., N].
     """
     dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
-    function = _implementation(implementation, "block_scaled_matmul", x, (weight,), activations, dtype)
+    function = _implementation(implementation, "block_scaled_matmul", x, (weight,), layer, activations, dtype)
     return function(x, (weight,), layer, norm, residual, activations, scale_fmt, dtype)
 
 
@@ -74,7 +74,9 @@ def block_scaled_swiglu(
     Returns:
         [..., N] in x's dtype; the activation function is computed in float32.
     """
-    function = _implementation(implementation, "block_scaled_swiglu", x, (gate, up), activations, x.dtype)
+    function = _implementation(
+        implementation, "block_scaled_swiglu", x, (gate, up), layer, activations, x.dtype
+    )
     return function(x, (gate, up), layer, norm, None, activations, scale_fmt, x.dtype)
 
 
@@ -83,15 +85,19 @@ def _implementation(
     operation: str,
     x: Array,
     weights: tuple[Weight, ...],
+    layer: Array | int | None,
     activations: str,
     out_dtype: jnp.dtype,
 ) -> Callable[..., Array]:
-    # On a GPU, XLA multiplies by plain matrices as fast as a kernel would.
-    on_gpu = Kernel(gpu.block_scaled_matmul, lambda: gpu.unsupported(x, weights, activations, out_dtype))
+    on_gpu = Kernel(
+        gpu.block_scaled_matmul, lambda: gpu.unsupported_product(x, weights, activations, out_dtype)
+    )
+    # On a GPU, XLA multiplies by a plain matrix as fast as a kernel would, but copies it out of a stack first.
+    plain = not isinstance(weights[0], BlockScaled) and layer is None
     return choose(
         operation,
         name,
         reference=reference.block_scaled_matmul,
         tpu=Kernel(tpu.block_scaled_matmul, lambda: tpu.unsupported(weights[0])),
-        gpu=on_gpu if isinstance(weights[0], BlockScaled) else None,
+        gpu=None if plain else on_gpu,
     )
