@@ -18,7 +18,7 @@ class Precision:
         activations: "float8" quantises what enters those linears in blocks of 1x128 (W8A8).
         dtype: type of the activations between the linears; norms, router and softmax are float32 always.
         implementation: of the operations in `pallas_kernels`: None takes the platform's own, "reference" plain XLA,
-            "pallas" the kernels, interpreted where there is no TPU.
+            "pallas" the kernels for TPUs or for Hopper and Blackwell GPUs; on a CPU the TPU's, interpreted.
     """
 
     weights: WeightFormat = "bfloat16"
