@@ -77,22 +77,19 @@ def multiply(
         quantized=x_scales is not None,
         scaled=bool(scales),
         has_row_scale=row_scale is not None and not partial,
+        grouped=group_sizes is not None,
+        num_rows=num_rows,
         plan=plan,
     )
-    visits = plan_gpu_visits(group_sizes, num_rows, plan.tokens)
+    operands = [layer]
+    if group_sizes is not None:
+        visits = plan_gpu_visits(group_sizes, num_rows, plan.tokens)
+        filled = jnp.sum(visits.group < num_groups, dtype=jnp.int32, keepdims=True)
+        operands += [visits.group, visits.row, visits.rows, jnp.concatenate([filled, visits.count])]
     # Mosaic copies tiles of 8 rows, and the copy engine wants scales of a multiple of 16 bytes.
-    padding = max(plan.tokens - num_rows, -num_rows % ROW_ALIGNMENT)
-    operands = [
-        layer,
-        visits.group,
-        visits.row,
-        visits.rows,
-        jnp.append(jnp.sum(visits.group < num_groups, dtype=jnp.int32), visits.count),
-        jnp.pad(x, ((0, padding), (0, 0))),
-    ]
+    operands.append(jnp.pad(x, ((0, -num_rows % ROW_ALIGNMENT), (0, 0))))
     if x_scales is not None:
-        padding = max(plan.scale_tokens - num_rows, -num_rows % ROW_ALIGNMENT)
-        operands.append(jnp.pad(x_scales, ((0, 0), (0, padding))))
+        operands.append(jnp.pad(x_scales, ((0, 0), (0, -num_rows % ROW_ALIGNMENT))))
     operands += [*values, *scales]
     if row_scale is not None and shape.has_row_scale:
         operands.append(jnp.pad(row_scale.astype(jnp.float32), (0, plan.tokens)))
@@ -154,17 +151,15 @@ def _scratch(shape: Shape, x_dtype: Any, weight_dtype: Any, out_dtype: Any) -> d
     }
 
 
-def _kernel(
-    layer: Any, group: Any, row: Any, rows: Any, count: Any, *operands: Any, shape: Shape, **scratch: Any
-) -> None:
+def _kernel(layer: Any, *operands: Any, shape: Shape, **scratch: Any) -> None:
     remaining = list(operands)
+    visits = GpuVisits(*(remaining.pop(0) for _ in range(4))) if shape.grouped else None
     x = remaining.pop(0)
     x_scales = remaining.pop(0) if shape.quantized else None
     values = [remaining.pop(0) for _ in range(shape.num_weights)]
     scales = [remaining.pop(0) for _ in range(shape.num_weights)] if shape.scaled else []
     row_scale = remaining.pop(0) if shape.has_row_scale else None
     (out,) = remaining
-    visits = GpuVisits(group, row, rows, count)
     block = lax.axis_index("block")
     refs = Refs(block, layer, visits, x, x_scales, values, scales, row_scale, out, **scratch)
     plan = shape.plan

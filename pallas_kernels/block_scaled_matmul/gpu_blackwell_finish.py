@@ -1,5 +1,6 @@
 """The last warpgroups of the Blackwell kernel: partial sums from tensor memory to the result."""
 
+import functools
 from typing import Any
 
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.block_scaled import BLOCK
 from pallas_kernels.block_scaled_matmul.gpu_blackwell_refs import Refs, Shape, Work, num_items, work_at
 from pallas_kernels.gpu_compat import load
+from pallas_kernels.gpu_visits import GpuVisits
 
 PIECE = 32
 """Tokens whose partial sums are in registers at once, beside the sums so far."""
@@ -22,19 +24,33 @@ def finish(refs: Refs, shape: Shape, index: int) -> None:
     for place in range(plan.ring):
         plgpu.barrier_arrive(refs.free.at[place])
 
-    def turn(i: Any, carry: Any) -> Any:
-        work, scales, following = carry
-        after = work_at(refs, shape, i + 2)
-        next_scales = _scales(refs, shape, following, following.first_block)
+    def finish_tile(i: Any, work: Work, scales: tuple[Any, ...]) -> None:
         sums = _sums(refs, shape, index, work, scales, i * plan.depth_blocks)
         _store_sums(refs, shape, index, work, sums)
+
+    def first_scales(work: Work) -> tuple[Any, ...]:
+        return _scales(refs, shape, work, work.first_block)
+
+    def turn(i: Any, carry: None) -> None:
+        work = work_at(refs, shape, i)
+        finish_tile(i, work, first_scales(work))
+
+    def turn_ahead(i: Any, carry: Any) -> Any:
+        work, scales, following = carry
+        after = work_at(refs, shape, i + 2)
+        next_scales = first_scales(following)
+        finish_tile(i, work, scales)
         return following, next_scales, after
 
-    first = work_at(refs, shape, jnp.int32(0))
-    carry = first, _scales(refs, shape, first, first.first_block), work_at(refs, shape, jnp.int32(1))
-    lax.fori_loop(0, num_items(refs, shape), turn, carry)
-    if index == 0:
-        _store_zeros(refs, shape)
+    items = num_items(refs, shape)
+    if plan.finishers == 1:
+        # Small tiles may have little to sum: what the next needs from memory is read before.
+        first, second = (work_at(refs, shape, jnp.int32(i)) for i in range(2))
+        lax.fori_loop(0, items, turn_ahead, (first, first_scales(first), second))
+    else:
+        lax.fori_loop(0, items, turn, None)
+    if index == 0 and refs.visits is not None:
+        _store_zeros(refs, shape, refs.visits)
     plgpu.wait_smem_to_gmem(0)
 
 
@@ -147,22 +163,23 @@ def _copy_rows(
     refs: Refs, index: int, split: Any, which: int, low: Any, first: Any, rows: Any, column: Any
 ) -> None:
     """Copies rows of `out_tiles` from `low` on to the result, as powers of two, since a copy's size is static."""
+
+    def copy(done: Any, size: int) -> None:
+        target = refs.out.at[split, which, pl.ds(first + done, size), pl.ds(column, BLOCK)]
+        plgpu.copy_smem_to_gmem(refs.out_tiles.at[index, pl.ds(low + done, size)], target)
+
     size = refs.out_tiles.shape[1]
     while size:
-
-        @pl.when((rows > 0) & (rows & size != 0))
-        def _(done: Any = rows & (-2 * size), size: int = size) -> None:
-            target = refs.out.at[split, which, pl.ds(first + done, size), pl.ds(column, BLOCK)]
-            plgpu.copy_smem_to_gmem(refs.out_tiles.at[index, pl.ds(low + done, size)], target)
-
+        whole = functools.partial(copy, rows & (-2 * size), size)
+        pl.when((rows > 0) & (rows & size != 0))(whole)
         size //= 2
 
 
-def _store_zeros(refs: Refs, shape: Shape) -> None:
+def _store_zeros(refs: Refs, shape: Shape, visits: GpuVisits) -> None:
     """The rows beyond the last group, whose visits come behind the others."""
     plan = shape.plan
-    tokens, _ = _pieces(shape)
-    filled, count = refs.visits.count[0], refs.visits.count[1]
+    tokens = _pieces(shape)[0]
+    filled, count = visits.count[0], visits.count[1]
     columns = -(-refs.out.shape[3] // BLOCK)
 
     @pl.when(filled < count)
@@ -178,8 +195,8 @@ def _store_zeros(refs: Refs, shape: Shape) -> None:
             visit = filled + lax.div(item, jnp.int32(columns))
             column = lax.rem(item, jnp.int32(columns)) * BLOCK
             for start in range(0, plan.tokens, tokens):
-                rows = lax.min(refs.visits.rows[visit] - start, tokens)
-                _copy_rows(refs, 0, 0, 0, 0, refs.visits.row[visit] + start, rows, column)
+                rows = lax.min(visits.rows[visit] - start, tokens)
+                _copy_rows(refs, 0, 0, 0, 0, visits.row[visit] + start, rows, column)
 
         items = (count - filled) * columns
         lax.fori_loop(0, lax.div(items - refs.block + plan.blocks - 1, jnp.int32(plan.blocks)), store, None)

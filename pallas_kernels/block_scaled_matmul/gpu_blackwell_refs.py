@@ -22,6 +22,8 @@ class Shape:
         quantized: x is FP8, with scales.
         scaled: the weights have scales.
         has_row_scale: rows of the result are multiplied.
+        grouped: rows belong to groups; else one matrix has all, and visits need no table.
+        num_rows: M.
         plan: tiles.
     """
 
@@ -29,6 +31,8 @@ class Shape:
     quantized: bool
     scaled: bool
     has_row_scale: bool
+    grouped: bool
+    num_rows: int
     plan: BlackwellPlan
 
     @property
@@ -48,7 +52,8 @@ class Refs:
 
     Attributes:
         block: index of the thread block.
-        layer ... out: arguments of `multiply`; `visits.count` holds the visits of groups, and all.
+        layer ... out: arguments of `multiply`; `visits.count` holds the visits of groups, and all;
+            None without groups.
         x_tiles: [stages, tokens, 128].
         x_scale_tiles: [stages, scale tokens].
         tiles: [stages * panels, 128, 128], of weights.
@@ -64,7 +69,7 @@ class Refs:
 
     block: Any
     layer: Any
-    visits: GpuVisits
+    visits: GpuVisits | None
     x: Any
     x_scales: Any
     values: list[Any]
@@ -113,27 +118,41 @@ class Work:
         return self.eighth * ROW_ALIGNMENT
 
 
+def num_visits(refs: Refs, shape: Shape) -> Any:
+    """Tiles of rows that belong to groups."""
+    if refs.visits is None:
+        return -(-shape.num_rows // shape.plan.tokens)
+    return refs.visits.count[0]
+
+
 def num_items(refs: Refs, shape: Shape) -> Any:
     """Tiles of the result that this block makes."""
     plan = shape.plan
-    total = refs.visits.count[0] * (plan.columns * plan.splits)
+    total = num_visits(refs, shape) * (plan.columns * plan.splits)
     return lax.div(total - refs.block + plan.blocks - 1, jnp.int32(plan.blocks))
 
 
 def work_at(refs: Refs, shape: Shape, turn: Any) -> Work:
     """This block's tile at a turn; beyond the last turn, any tile."""
     plan, visits = shape.plan, refs.visits
-    count = lax.max(visits.count[0], 1)
+    count = lax.max(jnp.int32(num_visits(refs, shape)), 1)
     last = count * (plan.columns * plan.splits) - 1
     rest, column = _divide(lax.min(turn * plan.blocks + refs.block, last), plan.columns_together)
     rest, visit = _divide(rest, count)
     part, split = _divide(rest, plan.splits)
-    eighth, skip = _divide(visits.row[visit], ROW_ALIGNMENT)
+    if visits is None:
+        group = skip = jnp.int32(0)
+        eighth = visit * (plan.tokens // ROW_ALIGNMENT)
+        rows = lax.min(shape.num_rows - visit * plan.tokens, plan.tokens)
+    else:
+        group = lax.min(visits.group[visit], refs.values[0].shape[1] - 1)
+        eighth, skip = _divide(visits.row[visit], ROW_ALIGNMENT)
+        rows = visits.rows[visit]
     return Work(
-        group=lax.min(visits.group[visit], refs.values[0].shape[1] - 1),
+        group=group,
         eighth=eighth,
         skip=skip,
-        rows=visits.rows[visit],
+        rows=rows,
         column=part * plan.columns_together + column,
         split=split,
         first_block=split * plan.depth_blocks,

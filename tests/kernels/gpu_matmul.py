@@ -14,7 +14,7 @@ from pallas_kernels.block_scaled import Weight
 from pallas_kernels.gpu_chip import GpuChip
 from pallas_kernels.quantize import quantize_weight
 
-GENERATIONS = ("hopper",)
+GENERATIONS = ("hopper", "blackwell")
 SMS = 3
 """Few, so that persistent blocks take several tiles in turns."""
 
