@@ -21,17 +21,10 @@ TILE_ROWS = 8
 """Matrices lie in shared memory as tiles of 8 rows and 128 bytes, and Mosaic cuts none at the edge of an array."""
 
 
-def unsupported(x: Array, weights: tuple[Weight, ...], activations: str, out_dtype: jnp.dtype) -> str | None:
-    """Why the kernels cannot multiply `x` by `weights`, as a phrase; None if they can."""
-    if not isinstance(weights[0], BlockScaled):
-        return "a weight without block scales, which XLA multiplies as well"
-    return unsupported_product(x, weights, activations, out_dtype)
-
-
 def unsupported_product(
     x: Array, weights: tuple[Weight, ...], activations: str, out_dtype: jnp.dtype
 ) -> str | None:
-    """`unsupported`, of `product`: block-scaled FP8, or plain bfloat16."""
+    """Why the kernels cannot multiply `x` by `weights`, as a phrase; None if they can."""
     scaled = isinstance(weights[0], BlockScaled)
     dtype = float_values(weights[0]).dtype
     if dtype != (jnp.float8_e4m3fn if scaled else jnp.bfloat16):

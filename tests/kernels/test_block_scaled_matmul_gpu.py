@@ -68,6 +68,19 @@ def test_norm_and_residual(small_chip: GpuChip, activations: str) -> None:
 
 
 @interpreted
+@pytest.mark.parametrize("weights", [1, 2])
+def test_plain_weights(small_chip: GpuChip, weights: int) -> None:
+    stack = tuple(random(2, 136, 256, seed=i + 1) for i in range(weights))
+    arguments = (stack, 1, None, None, "float8", None, jnp.dtype(jnp.float32))
+    x = random(13, 256)
+    compare(
+        lambda: gpu.block_scaled_matmul(x, *arguments),
+        lambda: reference.block_scaled_matmul(x.astype(jnp.float32), *arguments),
+        TOLERANCE,
+    )
+
+
+@interpreted
 def test_gradients_are_those_of_the_reference(small_chip: GpuChip) -> None:
     weight, x = float8(64, 128), random(5, 128)
 
@@ -87,17 +100,13 @@ def test_gradients_are_those_of_the_reference(small_chip: GpuChip) -> None:
         (random(8, 256), float8(64, 256), "none", None),
         (random(8, 256, dtype=jnp.float32), float8(64, 256), "float8", None),
         (random(8, 256, dtype=jnp.float32), float8(64, 256), "none", "float32 activations"),
-        (
-            random(8, 256),
-            random(64, 256),
-            "none",
-            "a weight without block scales, which XLA multiplies as well",
-        ),
+        (random(8, 256), random(64, 256), "float8", None),
+        (random(8, 256), random(64, 256, dtype=jnp.float32), "none", "a float32 weight"),
         (random(8, 192), float8(64, 192), "none", "a depth of 192, no multiple of 128"),
     ],
 )
 def test_unsupported(x, weight, activations: str, phrase: str | None) -> None:
-    assert gpu.unsupported(x, (weight,), activations, jnp.dtype(jnp.bfloat16)) == phrase
+    assert gpu.unsupported_product(x, (weight,), activations, jnp.dtype(jnp.bfloat16)) == phrase
 
 
 def test_quantisation_is_that_of_other_platforms(monkeypatch: pytest.MonkeyPatch) -> None:
