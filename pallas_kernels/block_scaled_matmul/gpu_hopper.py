@@ -70,8 +70,8 @@ def multiply(
     partial = plan.splits > 1
     kernel_dtype = jnp.dtype(jnp.float32 if partial else out_dtype)
     visits = plan_gpu_visits(group_sizes, num_rows, plan.tokens)
-    # Mosaic copies tiles of 8 rows, and the copy engine wants scales of a multiple of 16 bytes.
-    padding = max(plan.tokens - num_rows, -num_rows % 8)
+    # Mosaic copies tiles of 8 rows, and the copy engine wants rows of scales of a multiple of 16 bytes.
+    padding = -num_rows % ROW_ALIGNMENT
     operands = [
         layer,
         visits.group,
@@ -81,7 +81,6 @@ def multiply(
         jnp.pad(x, ((0, padding), (0, 0))),
     ]
     if x_scales is not None:
-        padding = max(plan.scale_tokens - num_rows, -num_rows % 8)
         operands.append(jnp.pad(x_scales, ((0, 0), (0, padding))))
     operands += [*values, *scales]
     if row_scale is not None and not partial:
