@@ -46,7 +46,9 @@ def gpu_chip() -> GpuChip | None:
 
 
 def interpret() -> Any:
-    """`plgpu.kernel`'s argument of that name: an interpreter on a CPU that compiles for no other device, else False.
+    """`plgpu.kernel`'s argument of that name: False, or on a CPU that compiles for no other device an interpreter.
+
+    It raises where a thread reads what another, or the copy engine, may not have written yet.
 
     Raises:
         ImplementationError: this JAX has no interpreter for GPU kernels.
@@ -57,4 +59,4 @@ def interpret() -> Any:
     interpreter = getattr(plgpu, "InterpretGPUParams", None)
     if interpreter is None:
         raise ImplementationError(f"JAX {jax.__version__} cannot interpret GPU kernels; expected 0.12 or newer")
-    return interpreter()
+    return interpreter(detect_races=True)
