@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from benchmarks import gpu_xla
 from benchmarks.gpu_case import GpuCase
 from benchmarks.gpu_cases_matmul import BF16, Product, instructions, matrix_bytes, stack_of, tile_of
 from pallas_kernels.block_scaled import BlockScaled
@@ -79,4 +80,6 @@ def _case(product: Product) -> GpuCase:
         + product.rows * (product.depth * product.x_bytes + product.columns * BF16.itemsize),
         flops=2 * product.weights * product.rows * product.columns * product.depth,
         tile=tile_of(product, EXPERTS, CHOSEN[tokens]),
+        integers=(route_uniformly(tokens), 0),
+        xla=gpu_xla.grouped,
     )

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from benchmarks import gpu_xla
 from benchmarks.gpu_case import GpuCase, Tile
 from pallas_kernels.block_scaled import BLOCK, BlockScaled, num_blocks
 from pallas_kernels.block_scaled_matmul import ActivationFormat, gpu, gpu_blackwell_plan, gpu_hopper_plan
@@ -88,6 +89,8 @@ def _case(product: Product) -> GpuCase:
         + product.rows * (product.depth * product.x_bytes + product.columns * BF16.itemsize),
         flops=2 * product.weights * product.rows * product.columns * product.depth,
         tile=tile_of(product, None, None),
+        integers=(LAYERS - 1,),
+        xla=gpu_xla.matmul,
     )
 
 

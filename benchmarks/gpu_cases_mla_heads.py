@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from benchmarks import gpu_xla
 from benchmarks.gpu_case import GpuCase, Tile
 from pallas_kernels.block_scaled import BLOCK, BlockScaled
 from pallas_kernels.gpu_chip import gpu_chip
@@ -59,6 +60,8 @@ def _cases(rows: int, heads: int) -> Iterator[GpuCase]:
         + rows * (heads * (head_width + RANK + rope_width) * BF16 + rope_width * 4),
         flops=_flops(rows, heads),
         tile=_tile(absorb_plan, rows, heads * RANK // absorb_plan.width, stages=1),
+        integers=(LAYERS - 1,),
+        xla=gpu_xla.absorb_queries,
     )
     yield GpuCase(
         kernel="dsv3_head_values",
@@ -69,6 +72,8 @@ def _cases(rows: int, heads: int) -> Iterator[GpuCase]:
         ideal_bytes=_half_bytes(heads) + rows * heads * (RANK + BLOCK) * BF16,
         flops=_flops(rows, heads),
         tile=_tile(values_plan, rows, heads * BLOCK // values_plan.width, stages=RANK // BLOCK),
+        integers=(LAYERS - 1,),
+        xla=gpu_xla.head_values,
     )
 
 
