@@ -64,6 +64,9 @@ def multiply_tile(
             elif shape.scaled:
                 part *= scales[i]
             totals.append(total + part)
+        if shape.scaled:
+            # What was read by loads and not by wgmma alone has to be ordered before the copy that overwrites it.
+            plgpu.commit_smem()
         plgpu.barrier_arrive(refs.empty.at[slot])
         return step + 1, next_scales, tuple(totals)
 
