@@ -2,10 +2,10 @@
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -99,6 +99,37 @@ class Work:
     def blocks(self) -> tuple[int, int, int]:
         """Batch, heads, blocks of queries of each."""
         return self.q_nope.shape[0], self.q_nope.shape[2], self.ranges.shape[1]
+
+
+class Place(NamedTuple):
+    """Where a block stands.
+
+    Attributes:
+        row: of the batch.
+        head: of the queries.
+        query: the block's first.
+        first, full, last: its chunks of keys, those from `full` on with a mask.
+        start: position of the row's first query.
+    """
+
+    row: Any
+    head: Any
+    query: Any
+    first: Any
+    full: Any
+    last: Any
+    start: Any
+
+
+def place_of(refs: Any) -> Place:
+    """Blocks of one head follow each other, the one with the most keys first, so that they share keys in L2."""
+    heads, blocks = refs.q_nope.shape[2], refs.ranges.shape[1]
+    index = lax.axis_index("block")
+    head_and_row = lax.div(index, blocks)
+    block = blocks - 1 - lax.rem(index, blocks)
+    row, head = lax.div(head_and_row, heads), lax.rem(head_and_row, heads)
+    first, full, last = (refs.ranges[row, block, i] for i in range(3))
+    return Place(row, head, block * QUERIES, first, full, last, refs.start[row])
 
 
 def round_up(x: int, multiple: int) -> int:

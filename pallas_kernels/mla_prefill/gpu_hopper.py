@@ -16,7 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import gpu_compat
 from pallas_kernels.gpu_chip import interpret
-from pallas_kernels.mla_prefill.gpu_blocks import KEYS, MASKED, QUERIES, Work, tiled
+from pallas_kernels.mla_prefill.gpu_blocks import KEYS, MASKED, QUERIES, Place, Work, place_of, tiled
 
 HELD = 64
 """Queries of a warpgroup, the rows of a wgmma."""
@@ -93,40 +93,9 @@ def attend(work: Work) -> Array:
     return kernel(*work.operands)
 
 
-class _Place(NamedTuple):
-    """Where a block stands.
-
-    Attributes:
-        row: of the batch.
-        head: of the queries.
-        query: the block's first.
-        first, full, last: its chunks of keys, those from `full` on with a mask.
-        start: position of the row's first query.
-    """
-
-    row: Any
-    head: Any
-    query: Any
-    first: Any
-    full: Any
-    last: Any
-    start: Any
-
-
-def _place(refs: _Refs) -> _Place:
-    """Blocks of one head follow each other, the one with the most keys first, so that they share keys in L2."""
-    heads, blocks = refs.q_nope.shape[2], refs.ranges.shape[1]
-    index = lax.axis_index("block")
-    head_and_row = lax.div(index, blocks)
-    block = blocks - 1 - lax.rem(index, blocks)
-    row, head = lax.div(head_and_row, heads), lax.rem(head_and_row, heads)
-    first, full, last = (refs.ranges[row, block, i] for i in range(3))
-    return _Place(row, head, block * QUERIES, first, full, last, refs.start[row])
-
-
 def _kernel(*refs: Any, scale: float, packed: bool) -> None:
     named = _Refs(*refs)
-    place = _place(named)
+    place = place_of(named)
     group = lax.axis_index("group")
 
     @pl.when(group < GROUPS)
@@ -140,7 +109,7 @@ def _kernel(*refs: Any, scale: float, packed: bool) -> None:
         _copy(named, place)
 
 
-def _copy(refs: _Refs, place: _Place) -> None:
+def _copy(refs: _Refs, place: Place) -> None:
     """Brings the chunks of keys and values, each as soon as its place is free."""
 
     @pl.loop(place.first, place.last)
@@ -172,7 +141,7 @@ class _State(NamedTuple):
     total: Array
 
 
-def _compute(refs: _Refs, place: _Place, group: Any, scale: float, packed: bool) -> None:
+def _compute(refs: _Refs, place: Place, group: Any, scale: float, packed: bool) -> None:
     query = place.query + group * HELD
     queries = pl.ds(query, HELD)
     nope, rope = refs.own_nope.at[group], refs.own_rope.at[group]
@@ -207,7 +176,7 @@ def _take_turns(refs: _Refs) -> None:
 
 def _chunk(
     refs: _Refs,
-    place: _Place,
+    place: Place,
     group: Any,
     scale: float,
     packed: bool,
@@ -244,7 +213,7 @@ def _chunk(
     return _State(context, peak, total)
 
 
-def _visible(refs: _Refs, place: _Place, group: Any, chunk: Any, packed: bool) -> Array:
+def _visible(refs: _Refs, place: Place, group: Any, chunk: Any, packed: bool) -> Array:
     """Which of the 64 queries see which of the 128 keys."""
     shape = (HELD, KEYS)
     first_query = place.query + group * HELD
