@@ -89,7 +89,7 @@ def test_gradients_are_those_of_the_reference(small_chip: GpuChip) -> None:
             arguments = (None, None, None, "none", None, jnp.dtype(jnp.float32))
             return jnp.sum(implementation.block_scaled_matmul(x, (weight,), *arguments) * jnp.arange(64))
 
-        return np.asarray(jax.grad(loss)(x), np.float32)
+        return np.asarray(jax.jit(jax.grad(loss))(x), np.float32)
 
     np.testing.assert_array_equal(gradient(gpu), gradient(reference))
 

@@ -76,7 +76,8 @@ def test_plain_weights(small_chip: GpuChip) -> None:
 @interpreted
 def test_rows_of_one_group_do_not_reach_another(small_chip: GpuChip) -> None:
     x = random(20, 128).at[7].set(jnp.nan)
-    got = gpu.grouped_matmul(x, (float8(3, 64, 128),), jnp.array([7, 1, 12]), None, None, None, "none", None)
+    weights, sizes = (float8(3, 64, 128),), jnp.array([7, 1, 12])
+    got = jax.jit(lambda: gpu.grouped_matmul(x, weights, sizes, None, None, None, "none", None))()
     assert np.isfinite(np.delete(np.asarray(got, np.float32), 7, axis=0)).all()
 
 
@@ -90,7 +91,7 @@ def test_gradients_are_those_of_the_reference(small_chip: GpuChip) -> None:
             out = implementation.grouped_matmul(x, (weight,), sizes, None, scale, None, "none", None)
             return jnp.sum(out.astype(jnp.float32) * jnp.arange(64))
 
-        return jax.grad(loss, argnums=(0, 1, 2))(x, weight, scale)
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(x, weight, scale)
 
     for got, expected in zip(gradients(gpu), gradients(reference), strict=True):
         np.testing.assert_array_equal(np.asarray(got, np.float32), np.asarray(expected, np.float32))
