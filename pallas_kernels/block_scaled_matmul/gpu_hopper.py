@@ -68,17 +68,13 @@ def multiply(
     )
     partial = plan.splits > 1
     kernel_dtype = jnp.dtype(jnp.float32 if partial else out_dtype)
-    visits = plan_gpu_visits(group_sizes, num_rows, plan.tokens)
+    operands = [layer]
+    if group_sizes is not None:
+        visits = plan_gpu_visits(group_sizes, num_rows, plan.tokens)
+        operands += [visits.group, visits.row, visits.rows, visits.count]
     # Mosaic copies tiles of 8 rows, and the copy engine wants rows of scales of a multiple of 16 bytes.
     padding = -num_rows % ROW_ALIGNMENT
-    operands = [
-        layer,
-        visits.group,
-        visits.row,
-        visits.rows,
-        visits.count,
-        jnp.pad(x, ((0, padding), (0, 0))),
-    ]
+    operands.append(jnp.pad(x, ((0, padding), (0, 0))))
     if x_scales is not None:
         operands.append(jnp.pad(x_scales, ((0, 0), (0, padding))))
     operands += [*values, *scales]
@@ -88,6 +84,7 @@ def multiply(
         num_weights=len(values),
         quantized=x_scales is not None,
         scaled=bool(scales),
+        grouped=group_sizes is not None,
         has_row_scale=row_scale is not None and not partial,
         swizzled_result=kernel_dtype.itemsize == 2 and num_columns % WARPGROUP_ROWS == 0,
         plan=plan,
@@ -116,17 +113,15 @@ def multiply(
     return whole.astype(out_dtype)
 
 
-def _kernel(
-    layer: Any, group: Any, row: Any, rows: Any, count: Any, *operands: Any, shape: Shape, **buffers: Any
-) -> None:
+def _kernel(layer: Any, *operands: Any, shape: Shape, **buffers: Any) -> None:
     remaining = list(operands)
+    visits = GpuVisits(*(remaining.pop(0) for _ in range(4))) if shape.grouped else None
     x = remaining.pop(0)
     x_scales = remaining.pop(0) if shape.quantized else None
     values = [remaining.pop(0) for _ in range(shape.num_weights)]
     scales = [remaining.pop(0) for _ in range(shape.num_weights)] if shape.scaled else []
     row_scale = remaining.pop(0) if shape.has_row_scale else None
     (out,) = remaining
-    visits = GpuVisits(group, row, rows, count)
     refs = Refs(layer[0], visits, x, x_scales, values, scales, row_scale, out, **buffers)
     warpgroup = lax.axis_index("warpgroup")
 

@@ -21,6 +21,7 @@ class Shape:
         num_weights: 1, or 2 of a SwiGLU pair.
         quantized: x is FP8, with scales.
         scaled: the weights have scales.
+        grouped: rows belong to groups, which visits say.
         has_row_scale: rows of the result are multiplied.
         swizzled_result: it is written to shared memory without conflicts between banks, which Mosaic can do with whole
             rows of 128 bytes of bfloat16.
@@ -30,6 +31,7 @@ class Shape:
     num_weights: int
     quantized: bool
     scaled: bool
+    grouped: bool
     has_row_scale: bool
     swizzled_result: bool
     plan: HopperPlan
@@ -40,7 +42,7 @@ class Refs:
     """The kernel's references by name, see `multiply` and `scratch`; `layer` is the number itself, read once."""
 
     layer: Any
-    visits: GpuVisits
+    visits: GpuVisits | None
     x: Any
     x_scales: Any
     values: list[Any]

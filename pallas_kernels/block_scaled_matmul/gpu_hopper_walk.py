@@ -46,23 +46,29 @@ def for_tiles(
         tile: (work, of `ahead`, step) -> step, which counts the stages used.
     """
     plan = shape.plan
-    visits = refs.visits
-    count = visits.count[0]
-    total = count * (plan.columns * plan.splits)
+    num_rows = refs.out.shape[2]
+    count = -(-num_rows // plan.tokens) if refs.visits is None else refs.visits.count[0]
+    total = jnp.asarray(count * (plan.columns * plan.splits), jnp.int32)
     block = lax.axis_index("block")
     num_groups = refs.values[0].shape[1]
+
+    def visit_at(visit: Any) -> tuple[Any, Any, Any]:
+        if refs.visits is not None:
+            return refs.visits.group[visit], refs.visits.row[visit], refs.visits.rows[visit]
+        row = visit * plan.tokens
+        return jnp.int32(0), row, jnp.minimum(num_rows - row, plan.tokens)
 
     def work_at(turn: Any) -> Work:
         rest, column = _divide(jnp.minimum(turn * plan.blocks + block, total - 1), plan.columns_together)
         rest, visit = _divide(rest, count)
         part, split = _divide(rest, plan.splits)
-        group = visits.group[visit]
+        group, row, rows = visit_at(visit)
         first = split * plan.depth_blocks
         end = jnp.minimum(first + plan.depth_blocks, refs.x.shape[1] // BLOCK)
         return Work(
             group=group,
-            row=visits.row[visit],
-            rows=visits.rows[visit],
+            row=row,
+            rows=rows,
             column=part * plan.columns_together + column,
             split=split,
             first=first,
