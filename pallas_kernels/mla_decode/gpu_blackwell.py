@@ -1,6 +1,28 @@
-"""`mla_decode` on Blackwell (sm_100a, tcgen05)."""
+"""`mla_decode` on Blackwell (sm_100a, tcgen05). Compiled for sm_100a, not run on a GPU.
 
-from jax import Array
+A thread block has a tile of 64 query rows of one batch row, and a split of its tokens, as on Hopper: products of 64 rows
+leave room in tensor memory for scores beside the 512 columns of results, which those of 128 rows would fill, and for
+queries in shared memory. Two warpgroups compute, a third starts copies.
+"""
+
+import functools
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.mla_decode.gpu_blackwell_attention import BlackwellAttention
+from pallas_kernels.mla_decode.gpu_call import call
+from pallas_kernels.mla_decode.gpu_copies import copy_all, find_work, operand_refs
+from pallas_kernels.mla_decode.gpu_plan import BLOCK, BUFFERS, TILE_ROWS, GpuPlan
+from pallas_kernels.mla_decode.gpu_shared import scratch, shared_refs
+
+COPY_THREAD = 2
+COPY_REGISTERS, COMPUTE_REGISTERS = 96, 208
+TILE_COLUMNS = 32
+"""Of a matrix [64 tokens, columns] tcgen05 takes 32 tokens to either half of the lanes."""
 
 
 def mla_decode(
@@ -14,4 +36,49 @@ def mla_decode(
     page_table: Array | None,
 ) -> tuple[Array, Array]:
     """Arguments as of the public function; bfloat16 queries, a bfloat16 or float8_e4m3fn cache."""
-    raise NotImplementedError
+    return call(
+        functools.partial(_body, scale=scale),
+        _scratch,
+        q_latent,
+        q_rope,
+        cache,
+        lengths,
+        layer,
+        cache_scales,
+        page_table,
+    )
+
+
+def _scratch(plan: GpuPlan, out_dtype: Any) -> dict[str, Any]:
+    def ordered(arrivals: int, barriers: int = 1) -> Any:
+        return plgpu.Barrier(num_arrivals=arrivals, num_barriers=barriers, orders_tensor_core=True)
+
+    return scratch(plan, out_dtype, TILE_COLUMNS) | {
+        "free": plgpu.Barrier(num_arrivals=2, num_barriers=BUFFERS) if plan.scaled else ordered(1, BUFFERS),
+        "score": plgpu.TMEM((TILE_ROWS, BLOCK), jnp.float32),
+        "accumulator": [plgpu.TMEM((TILE_ROWS, plan.piece), jnp.float32)] * plan.pieces,
+        "scored": ordered(1, 2),
+        "multiplied": ordered(1),
+        "shrunk": ordered(2, 2),
+    }
+
+
+def _body(*refs: Any, plan: GpuPlan, scale: float, out_dtype: Any, **scratch_refs: Any) -> None:
+    operands = operand_refs(refs, plan)
+    shared = shared_refs(scratch_refs, out_dtype)
+    work = find_work(operands, plan)
+    warpgroup = lax.axis_index("warpgroup")
+
+    @pl.when(warpgroup == COPY_THREAD)
+    def _copy() -> None:
+        plgpu.set_max_registers(COPY_REGISTERS, action="decrease")
+        copy_all(shared, operands, plan, work)
+
+    @pl.when(warpgroup < COPY_THREAD)
+    def _compute() -> None:
+        plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
+        attention = BlackwellAttention(
+            shared, plan, scale, warpgroup, work.tile, work.length, work.first, work.end
+        )
+        place = (work.split, work.row, work.tile_rows)
+        attention.run(operands.out.at[place], operands.lse.at[place])

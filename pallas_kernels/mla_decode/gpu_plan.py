@@ -11,8 +11,15 @@ from pallas_kernels.gpu_chip import GpuChip
 BLOCK = 64
 """Tokens of a step. Their entries are 72 KiB in bfloat16, of which two fit into shared memory beside the queries."""
 
-PIECE = 128
-"""Columns of the latent that a product has on one side, at most."""
+PIECE = {"hopper": 128, "blackwell": 64}
+"""Columns of the latent that are multiplied together, at most. On Blackwell as many again come from tensor memory to be
+made smaller; 128 spill."""
+
+BUFFERS = 2
+"""Blocks of entries that are there or under way."""
+
+TILE_ROWS = 64
+"""Query rows that a thread block works on: their results are all that registers hold."""
 
 ROPE_COLUMNS = 64
 """Columns of the rope key as copied: rope keys may be narrower, the copy engine and the cache's padding fill up."""
@@ -29,12 +36,12 @@ class GpuPlan:
     """Sizes that are fixed when a kernel is compiled.
 
     Attributes:
-        batch, queries, heads, rank, rope: B, Q, H, kv_lora_rank and Dr of the arguments.
+        batch, queries, heads, rank: B, Q, H and kv_lora_rank of the arguments.
         page_size: tokens that lie together in the cache; a contiguous cache has one page a row.
         pages_a_row: width of the page table; 0 for a contiguous cache.
         chunk: tokens that one copy brings; it lies within a page.
         scaled: the cache is FP8 with scales.
-        tile_rows: query rows (queries x heads) that a thread block works on.
+        piece: columns of the latent that lie together in shared memory and are multiplied together.
         tiles: thread blocks that share a batch row and its tokens.
         splits: thread blocks that the tokens of a batch row are dealt to, each a share of its blocks.
     """
@@ -43,12 +50,11 @@ class GpuPlan:
     queries: int
     heads: int
     rank: int
-    rope: int
     page_size: int
     pages_a_row: int
     chunk: int
     scaled: bool
-    tile_rows: int
+    piece: int
     tiles: int
     splits: int
 
@@ -63,11 +69,6 @@ class GpuPlan:
         return -(-self.rows // ROW_TILE) * ROW_TILE
 
     @property
-    def piece(self) -> int:
-        """Columns of the latent that lie together in shared memory and are multiplied together."""
-        return math.gcd(PIECE, self.rank // 2)
-
-    @property
     def pieces(self) -> int:
         """Pieces of the latent; an even number."""
         return self.rank // self.piece
@@ -80,10 +81,8 @@ class GpuPlan:
 
 def make_plan(
     q_latent_shape: tuple[int, ...],
-    rope: int,
     cache: Array,
     page_table: Array | None,
-    tile_rows: int,
     chip: GpuChip,
 ) -> GpuPlan:
     """Chooses the sizes.
@@ -95,25 +94,18 @@ def make_plan(
     page_size = cache.shape[2]
     pages_a_row = 0 if page_table is None else page_table.shape[1]
     capacity = page_size * max(pages_a_row, 1)
-    tiles = -(-queries * heads // tile_rows)
+    tiles = -(-queries * heads // TILE_ROWS)
     most_splits = max(-(-capacity // BLOCK) // SPLIT_BLOCKS, 1)
     return GpuPlan(
         batch=batch,
         queries=queries,
         heads=heads,
         rank=rank,
-        rope=rope,
         page_size=page_size,
         pages_a_row=pages_a_row,
         chunk=math.gcd(BLOCK, page_size) if pages_a_row else BLOCK,
         scaled=cache.dtype == jnp.float8_e4m3fn,
-        tile_rows=tile_rows,
+        piece=math.gcd(PIECE[chip.generation], rank // 2),
         tiles=tiles,
         splits=max(min(chip.sms // (batch * tiles), most_splits), 1),
     )
-
-
-def query_rows(query: Array, plan: GpuPlan, columns: int) -> Array:
-    """[B, Q, H, D] as [B, padded_rows, columns], with zeros."""
-    rows = query.reshape(plan.batch, plan.rows, query.shape[-1])
-    return jnp.pad(rows, ((0, 0), (0, plan.padded_rows - plan.rows), (0, columns - rows.shape[-1])))

@@ -13,7 +13,7 @@ from pallas_kernels.mla_decode import gpu, mla_decode
 from tests.kernels.gpu_matmul import interpreted, on_gpu
 from tests.kernels.test_mla_decode_tpu import LSE_TOLERANCE, ROPE, SCALE, TOLERANCE, Inputs, make_inputs
 
-GENERATIONS = ("hopper",)
+GENERATIONS = ("hopper", "blackwell")
 
 
 def check(inputs: Inputs, layer: int = 1) -> None:
