@@ -60,7 +60,7 @@ def choose_plan(
     weight_bytes: int,
     out_bytes: int,
 ) -> HopperPlan:
-    """Tiles of x of about the mean size of a group, and parts of K where there is too little else to share out.
+    """Tiles of x that hold most groups, and parts of K where there is too little else to share out.
 
     Args:
         num_rows: M.
@@ -86,9 +86,9 @@ def choose_plan(
     splits = _splits(chip.sms, visits * columns, depth_blocks, weight_size)
     part = -(-depth_blocks // splits)
     splits = -(-depth_blocks // part)
-    step_bytes = BLOCK * (num_weights * rows * weight_bytes + tokens * x_bytes) + (
-        4 * max(tokens, 32) if x_bytes == 1 else 0
-    )
+    step_bytes = BLOCK * (num_weights * rows * weight_bytes + tokens * x_bytes)
+    if x_bytes == 1:
+        step_bytes += 4 * scale_tokens
     out_tile = rows * tokens * (out_bytes if splits == 1 else 4)
     stages = min((chip.shared_bytes - RESERVED_BYTES - out_tile) // step_bytes, MAX_STAGES)
     return HopperPlan(
