@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels.implementation import Kernel, choose
-from pallas_kernels.mla_decode import reference, tpu
+from pallas_kernels.mla_decode import gpu, reference, tpu
 from pallas_kernels.mla_decode.combine import combine
 from pallas_kernels.mla_decode.plan import unsupported
 
@@ -68,5 +68,6 @@ def mla_decode(
         implementation,
         reference=reference.mla_decode,
         tpu=Kernel(tpu.mla_decode, lambda: unsupported(q_latent, q_rope, cache, page_table)),
+        gpu=Kernel(gpu.mla_decode, lambda: gpu.unsupported(q_latent, q_rope, cache, page_table)),
     )
     return function(q_latent, q_rope, cache, lengths, scale, layer, cache_scales, page_table)

@@ -20,7 +20,7 @@ from pallas_kernels.grouped_matmul import grouped_swiglu
 V3_OF_FOUR_LAYERS = dataclasses.replace(
     named_config("deepseek-v3"), num_hidden_layers=4, first_k_dense_replace=1, num_nextn_predict_layers=0
 )
-BATCH, CONTEXT, PROMPT = 8, 8192, 2048
+BATCH, CONTEXT, PROMPT = 8, 8192, 1024
 Program = tuple[Any, tuple, dict[str, Any]]
 
 
@@ -59,7 +59,7 @@ v3_decode_step_of_references = functools.partial(v3_decode_step, implementation=
 
 
 def v3_prefill(mesh: Mesh) -> Program:
-    """Prompts of 2048 tokens."""
+    """Prompts of 1024 tokens, as many as are read at a time."""
     precision = Precision(weights="float8")
     return _step(mesh, prefill, V3_OF_FOUR_LAYERS, precision, (BATCH, PROMPT), (BATCH,))
 
