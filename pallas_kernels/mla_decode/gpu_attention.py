@@ -162,12 +162,12 @@ class Attention(abc.ABC):
         shape = (TILE_ROWS, BLOCK)
         token = block * BLOCK + plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=WGMMA)
         last = self.length - self.plan.queries
-        visible = token <= last
-        if self.plan.queries > 1:
-            row = self.tile * TILE_ROWS + plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=WGMMA)
-            for i in range(1, self.plan.queries):
-                visible |= (row >= i * self.plan.heads) & (token <= last + i)
-        return visible
+        if self.plan.queries == 1:
+            return token <= last
+        first_row = self.tile * TILE_ROWS + nought(block)
+        row = first_row + plgpu.broadcasted_iota(jnp.int32, (TILE_ROWS,), 0, layout=ROW)
+        last += sum((row >= i * self.plan.heads).astype(jnp.int32) for i in range(1, self.plan.queries))
+        return token <= lax.broadcast_in_dim(last, shape, (0,))
 
     def _scales(self, block: Array, buffer: Array) -> Array | None:
         """[BLOCK], the scales of an FP8 block's tokens, 0 where there is none."""

@@ -1,8 +1,8 @@
 """`mla_decode` on Blackwell (sm_100a, tcgen05). Compiled for sm_100a, not run on a GPU.
 
-A thread block has a tile of 64 query rows of one batch row, and a split of its tokens, as on Hopper: products of 64 rows
-leave room in tensor memory for scores beside the 512 columns of results, which those of 128 rows would fill, and for
-queries in shared memory. Two warpgroups compute, a third starts copies.
+A thread block has a tile of 64 query rows of one batch row, and a split of its tokens, as on Hopper. Products of 64
+rows run at half of the tensor cores' rate, but 128 rows leave no room: their 512 columns of results fill tensor memory,
+and the queries shared memory, but for one block of entries. Two warpgroups compute, a third starts copies.
 """
 
 import functools

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -81,8 +82,8 @@ class GpuPlan:
 
 def make_plan(
     q_latent_shape: tuple[int, ...],
-    cache: Array,
-    page_table: Array | None,
+    cache: Array | jax.ShapeDtypeStruct,
+    page_table: Array | jax.ShapeDtypeStruct | None,
     chip: GpuChip,
 ) -> GpuPlan:
     """Chooses the sizes.
