@@ -37,7 +37,9 @@ def register_product(a: Array, b: Any) -> Array:
         b: reference [K, N].
     """
     if interpret():
-        return jnp.dot(a, b[...], preferred_element_type=jnp.float32)
+        read = b[...]
+        plgpu.commit_smem()  # Unlike wgmma this reads as threads do, and a copy may overwrite it.
+        return jnp.dot(a, read, preferred_element_type=jnp.float32)
 
     def multiply(accumulator: Any) -> Array:
         plgpu.wgmma(accumulator, a, b)

@@ -19,13 +19,22 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import gpu_compat
 from pallas_kernels.gpu_chip import interpret
-from pallas_kernels.mla_prefill.gpu_blocks import KEYS, MASKED, QUERIES, WIDTH, Place, Work, place_of, tiled
+from pallas_kernels.mla_prefill.gpu_blocks import (
+    KEYS,
+    LOWEST,
+    MASKED,
+    QUERIES,
+    STAGES,
+    WIDTH,
+    Place,
+    Work,
+    place_of,
+    tiled,
+)
 
-GROUPS = 2
-"""Warpgroups of softmax, chunks in shared memory or on their way, and scores in tensor memory."""
-COPY, MULTIPLY = GROUPS, GROUPS + 1
-"""Indices of the other two warpgroups."""
-REGISTERS, OTHER_REGISTERS = 200, 56
+GROUPS = STAGES
+"""Warpgroups of softmax, each with its own chunk in shared memory and scores in tensor memory."""
+REGISTERS, OTHER_REGISTERS = 192, 64
 PIECE = 32
 """Columns of tensor memory that are in registers at once."""
 LANES = plgpu.Layout.TCGEN05_TMEM_NATIVE
@@ -119,24 +128,20 @@ def attend(work: Work) -> Array:
 def _kernel(*refs: Any, scale: float, packed: bool) -> None:
     named = _Refs(*refs)
     place = place_of(named)
-    group = lax.axis_index("group")
-    for own in range(GROUPS):
 
-        @pl.when(group == own)
-        def _(own: int = own) -> None:
-            plgpu.set_max_registers(REGISTERS, action="increase")
-            _softmax(named, place, own, scale, packed)
-            plgpu.barrier_arrive(named.finished) if own else _join(named, place)
+    def softmax(own: int) -> None:
+        plgpu.set_max_registers(REGISTERS, action="increase")
+        _softmax(named, place, own, scale, packed)
+        plgpu.barrier_arrive(named.finished) if own else _join(named, place)
 
-    @pl.when(group == COPY)
-    def _() -> None:
+    def other(work: Callable[[_Refs, Place], None]) -> None:
         plgpu.set_max_registers(OTHER_REGISTERS, action="decrease")
-        _copy(named, place)
+        work(named, place)
 
-    @pl.when(group == MULTIPLY)
-    def _() -> None:
-        plgpu.set_max_registers(OTHER_REGISTERS, action="decrease")
-        _multiply(named, place)
+    # One switch, not a condition for each: what a branch needs would be in registers during those before it.
+    branches = [functools.partial(softmax, own) for own in range(GROUPS)]
+    branches += [functools.partial(other, work) for work in (_copy, _multiply)]
+    lax.switch(lax.axis_index("group"), branches)
 
 
 def _copy(refs: _Refs, place: Place) -> None:
@@ -176,6 +181,8 @@ def _multiply(refs: _Refs, place: Place) -> None:
         plgpu.barrier_wait(refs.values_here.at[slot])
         values, done = refs.values.at[slot], refs.multiplied.at[slot]
         plgpu.tcgen05_mma(refs.context[slot], weights, values, done, accumulate=step >= GROUPS)
+        # Products with different results are not in order among themselves.
+        plgpu.barrier_wait(done)
         pl.when(step + GROUPS < steps)(lambda: score(slot))
 
     plgpu.barrier_wait(refs.queries_here)
@@ -209,7 +216,7 @@ def _softmax(refs: _Refs, place: Place, own: int, scale: float, packed: bool) ->
         plgpu.barrier_arrive(refs.weighted.at[own])
         return peak, total
 
-    peak, total = lax.fori_loop(0, steps, chunk, (_filled(MASKED), _filled(0.0)))
+    peak, total = lax.fori_loop(0, steps, chunk, (_filled(LOWEST), _filled(0.0)))
     pl.when(steps > 0)(lambda: plgpu.barrier_wait(refs.multiplied.at[own]))
     refs.sums[own, 0] = peak
     refs.sums[own, 1] = total

@@ -15,10 +15,14 @@ QUERIES = 128
 """Queries of a block, all of one head."""
 KEYS = 128
 """Keys of a chunk."""
+STAGES = 2
+"""Chunks that are in shared memory or on their way."""
 WIDTH = 64
 """Widths are multiples of this: a row of 128 bytes of bfloat16."""
 MASKED = -1e30
 """A score that no softmax sees; finite, for a chunk may hide every key from a query and -inf - -inf is NaN."""
+LOWEST = -1e20
+"""Largest score of a query before it has seen a key: so far above MASKED that what is hidden has the weight 0."""
 LOG2_E = math.log2(math.e)
 
 

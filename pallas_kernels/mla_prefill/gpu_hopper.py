@@ -16,14 +16,22 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import gpu_compat
 from pallas_kernels.gpu_chip import interpret
-from pallas_kernels.mla_prefill.gpu_blocks import KEYS, MASKED, QUERIES, Place, Work, place_of, tiled
+from pallas_kernels.mla_prefill.gpu_blocks import (
+    KEYS,
+    LOWEST,
+    MASKED,
+    QUERIES,
+    STAGES,
+    Place,
+    Work,
+    place_of,
+    tiled,
+)
 
 HELD = 64
 """Queries of a warpgroup, the rows of a wgmma."""
 GROUPS = QUERIES // HELD
 """Warpgroups that compute."""
-STAGES = 2
-"""Chunks that are in shared memory or on their way."""
 REGISTERS, COPY_REGISTERS = 232, 40
 ROWS, SCORES = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA
 
@@ -150,7 +158,7 @@ def _compute(refs: _Refs, place: Place, group: Any, scale: float, packed: bool) 
     plgpu.copy_gmem_to_smem(refs.q_rope.at[place.row, queries, place.head], rope, here)
     state = _State(
         _filled((HELD, refs.v.shape[-1]), 0.0, SCORES),
-        _filled((HELD,), MASKED, ROWS),
+        _filled((HELD,), LOWEST, ROWS),
         _filled((HELD,), 0.0, ROWS),
     )
     plgpu.barrier_wait(here)
@@ -219,13 +227,13 @@ def _visible(refs: _Refs, place: Place, group: Any, chunk: Any, packed: bool) ->
     first_query = place.query + group * HELD
     # The numbers of the keys are read, for 32 registers hold them if the compiler takes them out of the loop.
     key = gpu_compat.load(refs.numbers, layout=SCORES.reduce(0), optimized=False)
-    last_key = place.start + first_query - chunk * KEYS + plgpu.broadcasted_iota(jnp.int32, (HELD,), 0, layout=ROWS)
+    last_key = (
+        place.start + first_query - chunk * KEYS + plgpu.broadcasted_iota(jnp.int32, (HELD,), 0, layout=ROWS)
+    )
     visible = lax.broadcast_in_dim(key, shape, (1,)) <= lax.broadcast_in_dim(last_key, shape, (0,))
     if packed:
         ids = refs.segments.at[place.row]
         own = gpu_compat.load(ids.at[pl.ds(first_query, HELD)], layout=ROWS, optimized=False)
-        other = gpu_compat.load(
-            ids.at[pl.ds(chunk * KEYS, KEYS)], layout=SCORES.reduce(0), optimized=False
-        )
+        other = gpu_compat.load(ids.at[pl.ds(chunk * KEYS, KEYS)], layout=SCORES.reduce(0), optimized=False)
         visible &= lax.broadcast_in_dim(own, shape, (0,)) == lax.broadcast_in_dim(other, shape, (1,))
     return visible
