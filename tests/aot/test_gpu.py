@@ -64,6 +64,7 @@ DECODE_KERNELS = {
     "dsv3_grouped_swiglu",
     "dsv3_head_values",
     "dsv3_mla_decode",
+    "dsv3_route",
 }
 
 
