@@ -5,7 +5,7 @@ from collections.abc import Callable
 from jax import Array
 
 from pallas_kernels.implementation import Kernel, choose
-from pallas_kernels.mla_prefill import cpu, reference, tpu
+from pallas_kernels.mla_prefill import cpu, gpu, reference, tpu
 
 __all__ = ["mla_prefill"]
 
@@ -59,6 +59,7 @@ def mla_prefill(
         implementation,
         reference=reference.mla_prefill,
         tpu=Kernel(tpu.mla_prefill, lambda: tpu.unsupported(q_nope, q_rope, k_nope, k_rope, v)),
+        gpu=Kernel(gpu.mla_prefill, lambda: gpu.unsupported(q_nope, q_rope, k_nope, k_rope, v)),
         cpu=cpu.mla_prefill_by_head if short else None,
     )
     return function(q_nope, q_rope, k_nope, k_rope, v, scale, start, segment_ids)
