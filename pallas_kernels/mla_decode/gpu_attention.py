@@ -85,8 +85,7 @@ class Attention(abc.ABC):
         shared = self.shared
         shared.peak[self.warpgroup] = _row_vector(LOWEST)
         shared.total[self.warpgroup] = _row_vector(0.0)
-        plgpu.barrier_arrive(shared.begun)
-        plgpu.barrier_wait(shared.begun)
+        plgpu.barrier_arrive(shared.ready)
         plgpu.barrier_wait(shared.ready)
 
         def step(block: Array, state: State) -> State:
@@ -122,7 +121,7 @@ class Attention(abc.ABC):
         return _across(self._load(self.shared.shrink, self.owner(block)), self.plan.piece)
 
     def erase(self, block: Array, slot: Array, first_piece: Array | int, num_pieces: int) -> None:
-        """Writes zeros for tokens that do not exist: 0 times what the cache holds there could be NaN."""
+        """Writes zeros for bfloat16 tokens that do not exist: 0 times what the cache holds there could be NaN."""
         rest = self.length - block * BLOCK
 
         @pl.when(rest < BLOCK)

@@ -48,7 +48,8 @@ class BlackwellAttention(Attention):
         plgpu.tcgen05_mma(shared.score, shared.query_rope, plgpu.transpose_ref(shared.rope.at[slot], (1, 0)))
         plgpu.tcgen05_commit_arrive(shared.scored.at[self.warpgroup])
         plgpu.barrier_wait(shared.scored.at[self.warpgroup])
-        self.erase(block, slot, 0, self.plan.pieces)
+        if not self.plan.scaled:
+            self.erase(block, slot, 0, self.plan.pieces)
         scores = plgpu.async_load_tmem(shared.score)
         plgpu.wait_load_tmem()
         return scores

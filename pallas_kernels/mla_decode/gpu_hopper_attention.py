@@ -44,7 +44,8 @@ class HopperAttention(Attention):
         return pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((TILE_ROWS, BLOCK), jnp.float32))
 
     def add(self, block: Array, slot: Array, state: State) -> State:
-        self.erase(block, slot, self.own(0), self.pieces)
+        if not self.plan.scaled:
+            self.erase(block, slot, self.own(0), self.pieces)
         shrink = self.shrink(block)
 
         def multiply(*pieces: Any) -> None:

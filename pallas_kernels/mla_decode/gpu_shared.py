@@ -27,12 +27,11 @@ class Shared(NamedTuple):
         shrink: float32 [2, 64], by what this last block made weights relative to the block before it smaller.
         total: float32 [2, 64], sums of these weights.
         lse: float32 [2, 64], twice the same.
-        ready: barrier: queries are there.
+        ready: barrier: queries are there, and both warpgroups have cleared their `peak` and `total`.
         full: barriers [BUFFERS]: entries are there.
         free: barriers [BUFFERS]: entries are not needed any more.
         converted: barriers [2], of the blocks of either warpgroup: entries are bfloat16; FP8 only.
         weighed: barriers [2], of the blocks of either warpgroup: weights are there.
-        begun: barrier of both warpgroups.
         score: tensor memory, float32 [64, BLOCK]; this and what follows on Blackwell only.
         accumulator: `pieces` times tensor memory, float32 [64, piece].
         scored: barriers [2], of the blocks of either warpgroup: scores are there.
@@ -57,7 +56,6 @@ class Shared(NamedTuple):
     free: Any
     converted: Any
     weighed: Any
-    begun: Any
     score: Any
     accumulator: Any
     scored: Any
@@ -93,11 +91,10 @@ def scratch(plan: GpuPlan, out_dtype: Any, tile_columns: int) -> dict[str, Any]:
         "rope": tiles(num_slots, BLOCK, ROPE_COLUMNS),
         **(raw if plan.scaled else {}),
         **{name: plgpu.SMEM((2, TILE_ROWS), jnp.float32) for name in ("peak", "shrink", "total", "lse")},
-        "ready": plgpu.Barrier(num_arrivals=plan.pieces + 1),
+        "ready": plgpu.Barrier(num_arrivals=plan.pieces + 1 + 2),
         "full": plgpu.Barrier(num_arrivals=arrivals * plan.copies, num_barriers=BUFFERS),
         "free": plgpu.Barrier(num_arrivals=2, num_barriers=BUFFERS),
         "weighed": plgpu.Barrier(num_barriers=2),
-        "begun": plgpu.Barrier(num_arrivals=2),
     }
 
 
