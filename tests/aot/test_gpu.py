@@ -99,6 +99,16 @@ def test_two_all_reduces_a_layer(gpu_program: Compile) -> None:
 
 
 @pytest.mark.slow
+def test_prefill_allocates_the_sorted_rows_and_no_scores(gpu_program: Compile) -> None:
+    reply = gpu_program("v3_prefill", "h100", 8)
+    assert "dsv3_mla_prefill" in kernel_names(reply)
+    # 8192 tokens of 8 choices, 7168 wide: 0.94 GB. The scores of one row alone would be 4 MB a head.
+    sorted_rows = 8192 * 8 * 7168 * 2
+    assert largest_written(reply)["written_bytes"] == sorted_rows
+    assert reply["temporary_bytes"] < 1.7 * sorted_rows
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("chip", ["a100"])
 def test_without_kernels_xla_makes_no_copy_of_a_weight_and_no_dense_experts(
     gpu_program: Compile, chip: str
