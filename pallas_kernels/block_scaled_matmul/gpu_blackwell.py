@@ -28,7 +28,7 @@ from pallas_kernels.gpu_visits import ROW_ALIGNMENT, GpuVisits, plan_gpu_visits
 
 SWIZZLE = 128
 COPY_WARP, MULTIPLY_WARP = 0, 1
-_REGISTERS = {(2, 1): (40, 112, 232), (1, 2): (40, 112, 176), (0, 2): (40, 0, 232)}
+_REGISTERS = {(2, 1): (40, 112, 232), (1, 2): (40, 104, 184), (0, 2): (40, 0, 232)}
 """Converters, finishers -> registers of a thread that copies or multiplies, converts, finishes."""
 
 
@@ -166,8 +166,7 @@ def _kernel(layer: Any, *operands: Any, shape: Shape, **scratch: Any) -> None:
     steps = num_items(refs, shape) * plan.depth_blocks
     warpgroup = lax.axis_index("warpgroup")
 
-    @pl.when(warpgroup == 0)
-    def _() -> None:
+    def move() -> None:
         _limit_registers(plan, 0)
 
         @plgpu.warp_map
@@ -175,19 +174,22 @@ def _kernel(layer: Any, *operands: Any, shape: Shape, **scratch: Any) -> None:
             pl.when(warp == COPY_WARP)(lambda: _copy(refs, shape))
             pl.when(warp == MULTIPLY_WARP)(lambda: _multiply(refs, shape, steps))
 
-    for i in range(plan.converters):
+    def convert_tiles() -> None:
+        _limit_registers(plan, 1)
+        _convert(refs, shape, steps, warpgroup - 1)
 
-        @pl.when(warpgroup == 1 + i)
-        def _(i: int = i) -> None:
-            _limit_registers(plan, 1)
-            _convert(refs, shape, steps, i)
+    def finish_tiles() -> None:
+        _limit_registers(plan, 2)
+        finish(refs, shape, warpgroup - 1 - plan.converters)
 
-    for i in range(plan.finishers):
+    # One branch within the other: what finishers need is then not kept for them while others work.
+    def compute() -> None:
+        if plan.converters:
+            lax.cond(warpgroup <= plan.converters, convert_tiles, finish_tiles)
+        else:
+            finish_tiles()
 
-        @pl.when(warpgroup == 1 + plan.converters + i)
-        def _(i: int = i) -> None:
-            _limit_registers(plan, 2)
-            finish(refs, shape, i)
+    lax.cond(warpgroup == 0, move, compute)
 
 
 def _limit_registers(plan: BlackwellPlan, role: int) -> None:
@@ -253,7 +255,7 @@ def _multiply(refs: Refs, shape: Shape, steps: Any) -> None:
     lax.fori_loop(0, steps, multiply_step, None)
 
 
-def _convert(refs: Refs, shape: Shape, steps: Any, index: int) -> None:
+def _convert(refs: Refs, shape: Shape, steps: Any, index: Any) -> None:
     """Converts every panel, or one of two, or with one panel every other step.
 
     A converter waits for the same barriers every time: `stages` and `ring` are even.

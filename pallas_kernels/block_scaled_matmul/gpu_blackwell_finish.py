@@ -10,15 +10,15 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.block_scaled import BLOCK
 from pallas_kernels.block_scaled_matmul.gpu_blackwell_refs import Refs, Shape, Work, num_items, work_at
-from pallas_kernels.gpu_compat import load
-from pallas_kernels.gpu_visits import GpuVisits
+from pallas_kernels.gpu_compat import load, store
+from pallas_kernels.gpu_visits import ROW_ALIGNMENT, GpuVisits
 
-PIECE = 32
+PIECE = 64
 """Tokens whose partial sums are in registers at once, beside the sums so far."""
 LAYOUT = plgpu.Layout.TCGEN05
 
 
-def finish(refs: Refs, shape: Shape, index: int) -> None:
+def finish(refs: Refs, shape: Shape, index: Any) -> None:
     """Takes `tokens / finishers` columns of every product; scales of weights are read one step ahead."""
     plan = shape.plan
     for place in range(plan.ring):
@@ -49,8 +49,8 @@ def finish(refs: Refs, shape: Shape, index: int) -> None:
         lax.fori_loop(0, items, turn_ahead, (first, first_scales(first), second))
     else:
         lax.fori_loop(0, items, turn, None)
-    if index == 0 and refs.visits is not None:
-        _store_zeros(refs, shape, refs.visits)
+    if refs.visits is not None:
+        pl.when(index == 0)(functools.partial(_store_zeros, refs, shape, refs.visits))
     plgpu.wait_smem_to_gmem(0)
 
 
@@ -74,11 +74,11 @@ def _scales(refs: Refs, shape: Shape, work: Work, block: Any) -> tuple[Any, ...]
     return tuple(numbers)
 
 
-def _sums(refs: Refs, shape: Shape, index: int, work: Work, scales: tuple[Any, ...], first: Any) -> Any:
+def _sums(refs: Refs, shape: Shape, index: Any, work: Work, scales: tuple[Any, ...], first: Any) -> Any:
     """float32 [128, piece] for every piece of every panel."""
     plan = shape.plan
     tokens, piece = _pieces(shape)
-    starts = range(index * tokens, (index + 1) * tokens, piece)
+    starts = [index * tokens + i for i in range(0, tokens, piece)]
     zeros = plgpu.layout_cast(jnp.zeros((BLOCK, piece), jnp.float32), LAYOUT)
 
     def add_step(k: Any, carry: Any) -> Any:
@@ -125,7 +125,7 @@ def _along_tokens(row: Array) -> Array:
     return plgpu.layout_cast(lax.broadcast_in_dim(row, (BLOCK, *row.shape), (1,)), LAYOUT)
 
 
-def _store_sums(refs: Refs, shape: Shape, index: int, work: Work, sums: tuple[Array, ...]) -> None:
+def _store_sums(refs: Refs, shape: Shape, index: Any, work: Work, sums: tuple[Array, ...]) -> None:
     """Writes the tile panel by panel: SwiGLU, a panel of a single weight, or partial sums as they are."""
     plan = shape.plan
     tokens, piece = _pieces(shape)
@@ -144,13 +144,13 @@ def _store_sums(refs: Refs, shape: Shape, index: int, work: Work, sums: tuple[Ar
                 value = value * _along_tokens(scale)
             tile = refs.out_tiles.at[index, pl.ds(i * piece, piece)]
             value = plgpu.layout_cast(value.astype(tile.dtype), plgpu.Layout.TCGEN05_TRANSPOSED)
-            tile.transpose((1, 0))[...] = value
+            store(tile.transpose((1, 0)), value)
         plgpu.commit_smem()
         which, column = shape.panel(work.column, panel)
         low = lax.max(work.skip - index * tokens, 0)
         rows = lax.min(work.skip + work.rows - index * tokens, tokens) - low
         first = work.begin + index * tokens + low
-        _copy_rows(refs, index, work.split, which if partial else 0, low, first, rows, column)
+        _copy_rows(refs, index, work.split, which if partial else 0, tokens, low, first, rows, column)
 
 
 def _silu(value: Array) -> Array:
@@ -160,7 +160,15 @@ def _silu(value: Array) -> Array:
 
 
 def _copy_rows(
-    refs: Refs, index: int, split: Any, which: int, low: Any, first: Any, rows: Any, column: Any
+    refs: Refs,
+    index: Any,
+    split: Any,
+    which: int,
+    most: int,
+    low: Any,
+    first: Any,
+    rows: Any,
+    column: Any,
 ) -> None:
     """Copies rows of `out_tiles` from `low` on to the result, as powers of two, since a copy's size is static."""
 
@@ -168,7 +176,7 @@ def _copy_rows(
         target = refs.out.at[split, which, pl.ds(first + done, size), pl.ds(column, BLOCK)]
         plgpu.copy_smem_to_gmem(refs.out_tiles.at[index, pl.ds(low + done, size)], target)
 
-    size = refs.out_tiles.shape[1]
+    size = 1 << (most.bit_length() - 1)
     while size:
         whole = functools.partial(copy, rows & (-2 * size), size)
         pl.when((rows > 0) & (rows & size != 0))(whole)
@@ -176,27 +184,33 @@ def _copy_rows(
 
 
 def _store_zeros(refs: Refs, shape: Shape, visits: GpuVisits) -> None:
-    """The rows beyond the last group, whose visits come behind the others."""
+    """The rows beyond the last group, whose visits come behind the others; 8 at a time."""
     plan = shape.plan
-    tokens = _pieces(shape)[0]
     filled, count = visits.count[0], visits.count[1]
     columns = -(-refs.out.shape[3] // BLOCK)
 
     @pl.when(filled < count)
     def _() -> None:
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        tile = refs.out_tiles.at[0]
-        zeros = jnp.zeros((BLOCK, tokens), tile.dtype)
-        tile.transpose((1, 0))[...] = plgpu.layout_cast(zeros, plgpu.Layout.TCGEN05_TRANSPOSED)
+        tile = refs.out_tiles.at[0, pl.ds(0, ROW_ALIGNMENT)]
+        zeros = jnp.zeros((BLOCK, ROW_ALIGNMENT), tile.dtype)
+        store(tile.transpose((1, 0)), plgpu.layout_cast(zeros, plgpu.Layout.TCGEN05_TRANSPOSED))
         plgpu.commit_smem()
 
-        def store(i: Any, carry: None) -> None:
+        def store_item(i: Any, carry: None) -> None:
             item = refs.block + i * plan.blocks
             visit = filled + lax.div(item, jnp.int32(columns))
             column = lax.rem(item, jnp.int32(columns)) * BLOCK
-            for start in range(0, plan.tokens, tokens):
-                rows = lax.min(visits.rows[visit] - start, tokens)
-                _copy_rows(refs, 0, 0, 0, 0, visits.row[visit] + start, rows, column)
+            row, rows = visits.row[visit], visits.rows[visit]
+
+            def store_rows(j: Any, carry: None) -> None:
+                done = j * ROW_ALIGNMENT
+                few = lax.min(rows - done, ROW_ALIGNMENT)
+                _copy_rows(refs, 0, 0, 0, ROW_ALIGNMENT, 0, row + done, few, column)
+
+            lax.fori_loop(0, lax.div(rows + ROW_ALIGNMENT - 1, ROW_ALIGNMENT), store_rows, None)
 
         items = (count - filled) * columns
-        lax.fori_loop(0, lax.div(items - refs.block + plan.blocks - 1, jnp.int32(plan.blocks)), store, None)
+        lax.fori_loop(
+            0, lax.div(items - refs.block + plan.blocks - 1, jnp.int32(plan.blocks)), store_item, None
+        )

@@ -8,10 +8,12 @@ from pallas_kernels.gpu_chip import KIB, gpu_chip
 from pallas_kernels.gpu_visits import ROW_ALIGNMENT, max_gpu_visits
 
 MAX_STAGES = 16
-MAX_TOKENS = 128
-MIN_TOKENS = 16
-"""The N side of a tcgen05.mma whose M side is 128."""
-RESERVED_BYTES = 4 * KIB
+TOKENS = {False: (16, 32, 64, 128), True: (16, 32, 64, 96)}
+"""Whether weights are converted -> rows of x in a tile, the N side of tcgen05.mma; 16 is the least that it takes.
+
+With converters, sums for 128 rows do not fit the registers: ptxas spills.
+"""
+RESERVED_BYTES = KIB
 """Shared memory left for barriers and for what Mosaic takes."""
 
 # For the choice among plans only; an order of magnitude is enough.
@@ -79,7 +81,7 @@ def choose_plan(
         weight_bytes: of an element of the weights.
         out_bytes: of an element of the result.
     """
-    tokens = _row_tile(num_rows, num_groups)
+    tokens = _row_tile(num_rows, num_groups, TOKENS[weight_bytes < x_bytes])
     if num_groups is None:
         visits, splits = -(-num_rows // tokens), _divisors(num_blocks(depth))
     else:
@@ -128,7 +130,7 @@ def _plan(
         depth_blocks=num_blocks(depth) // splits,
         stages=stages // 2 * 2 if panels == 1 else stages,
         # Of the 512 columns of tensor memory a converted tile takes 64.
-        ring=4 if tokens < MAX_TOKENS or not converts else 2,
+        ring=4 if tokens <= 64 or not converts else 2,
         converters=(3 - finishers) if converts else 0,
         finishers=finishers,
         step_bytes=step_bytes,
@@ -136,8 +138,8 @@ def _plan(
     )
 
 
-def _row_tile(num_rows: int, num_groups: int | None) -> int:
-    """A power of two, enough for most groups: a second tile reads the weights once more.
+def _row_tile(num_rows: int, num_groups: int | None, sizes: tuple[int, ...]) -> int:
+    """Such that most groups need as few tiles as they can: a second tile reads the weights once more.
 
     A group's size varies about as a Poisson variable does, and its first tile begins up to 7 rows before it.
     """
@@ -146,7 +148,8 @@ def _row_tile(num_rows: int, num_groups: int | None) -> int:
     else:
         mean = num_rows / num_groups
         enough = mean + 2 * math.sqrt(mean) + ROW_ALIGNMENT / 2
-    return min(max(1 << math.ceil(math.log2(enough)), MIN_TOKENS), MAX_TOKENS)
+    tiles = math.ceil(enough / sizes[-1])
+    return next(size for size in sizes if size * tiles >= enough)
 
 
 def _divisors(number: int) -> list[int]:
