@@ -1,4 +1,4 @@
-"""Cases of `mla_prefill` on GPUs: V3's attention over a whole sequence, over a chunk behind a prefix, over documents."""
+"""Cases of `mla_prefill` on GPUs: V3's attention over whole sequences, a chunk behind a prefix, packed documents."""
 
 from typing import Any
 

@@ -1,7 +1,5 @@
 """`mla_prefill` on a GPU: a forward kernel for each generation, differentiated as the definition is."""
 
-from typing import Any
-
 from jax import Array
 
 from pallas_kernels.gpu_chip import gpu_chip
@@ -9,6 +7,7 @@ from pallas_kernels.gradient import with_gradient_of
 from pallas_kernels.mla_prefill import gpu_blackwell, gpu_hopper, reference
 from pallas_kernels.mla_prefill.gpu_blocks import Work
 
+Heads = tuple[Array, Array, Array, Array, Array]
 WIDEST, WIDEST_ROPE = 128, 64
 """Dims of a head whose chunks fit into shared memory, without position and rotary."""
 
@@ -34,15 +33,14 @@ def mla_prefill(
     start: Array | None,
     segment_ids: Array | None,
 ) -> Array:
-    def definition(*arrays: Any) -> Array:
-        *heads, start, segment_ids = arrays
-        return reference.mla_prefill(*heads, scale, start, segment_ids)
+    def definition(arrays: Heads, start: Array | None, segment_ids: Array | None) -> Array:
+        return reference.mla_prefill(*arrays, scale, start, segment_ids)
 
-    def kernel(*arrays: Any) -> Array:
-        *heads, start, segment_ids = arrays
+    def kernel(arrays: Heads, start: Array | None, segment_ids: Array | None) -> Array:
         chip = gpu_chip()
         kernels = gpu_blackwell if chip is not None and chip.generation == "blackwell" else gpu_hopper
-        out = kernels.attend(Work.of(*heads, scale, start, segment_ids))
+        out = kernels.attend(Work.of(*arrays, scale, start, segment_ids))
         return out[..., : v.shape[-1]]
 
-    return with_gradient_of(definition, kernel)(q_nope, q_rope, k_nope, k_rope, v, start, segment_ids)
+    arrays = (q_nope, q_rope, k_nope, k_rope, v)
+    return with_gradient_of(definition, kernel)(arrays, start, segment_ids)

@@ -2,6 +2,7 @@
 
 import os
 from types import ModuleType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,10 @@ interpreted = [
     ),
 ]
 on_both = pytest.mark.parametrize("kernels", [gpu_hopper, gpu_blackwell], ids=["hopper", "blackwell"])
+work_of: Any = Work.of
+definition: Any = reference.mla_prefill
+kernel: Any = gpu.mla_prefill
+refusal: Any = gpu.unsupported
 SCALE = 0.09
 TOLERANCE = 2e-2
 """Relative to the largest entry: weights are rounded to 8 bits before a product."""
@@ -74,21 +79,21 @@ class TestInterpreted:
         arrays = arguments(len(prefixes), queries, keys, heads)
         arrays = plant_nan(arrays, [prefix + queries for prefix in prefixes])
         start = jnp.asarray(prefixes, jnp.int32)
-        got = jax.jit(lambda *x: kernels.attend(Work.of(*x, SCALE, start, None)))(*arrays)
-        close(got, reference.mla_prefill(*arrays, SCALE, start, None))
+        got = jax.jit(lambda *x: kernels.attend(work_of(*x, SCALE, start, None)))(*arrays)
+        close(got, definition(*arrays, SCALE, start, None))
 
     @on_both
     def test_packed_documents(self, kernels: ModuleType) -> None:
         """Two rows: one in order, where chunks hide all keys from some queries; one whose segments return."""
         arrays = arguments(2, 200, 200, 1)
         ids = jnp.stack([jnp.arange(200) // 70, jnp.arange(200) // 40 % 3]).astype(jnp.int32)
-        got = jax.jit(lambda *x: kernels.attend(Work.of(*x, SCALE, None, ids)))(*arrays)
-        close(got, reference.mla_prefill(*arrays, SCALE, None, ids))
+        got = jax.jit(lambda *x: kernels.attend(work_of(*x, SCALE, None, ids)))(*arrays)
+        close(got, definition(*arrays, SCALE, None, ids))
 
     def test_small_heads_and_derivatives(self) -> None:
         arrays = arguments(1, 9, 9, 3, (24, 8, 40))
         results = []
-        for function in (gpu.mla_prefill, reference.mla_prefill):
+        for function in (kernel, definition):
             out, pull_back = jax.vjp(lambda *x, f=function: f(*x, SCALE, None, None), *arrays)
             results.append((out, *pull_back(arrays[4])))
         for got, expected in zip(*results, strict=True):
@@ -97,10 +102,10 @@ class TestInterpreted:
 
 def test_what_the_kernels_do_not_take() -> None:
     arrays = arguments(1, 4, 4, 2)
-    assert gpu.unsupported(*arrays) is None
-    mixed = gpu.unsupported(arrays[0].astype(jnp.float32), *arrays[1:])
+    assert refusal(*arrays) is None
+    mixed = refusal(arrays[0].astype(jnp.float32), *arrays[1:])
     assert (mixed or "").startswith("arrays of bfloat16 and float32")
-    wide = gpu.unsupported(*arguments(1, 4, 4, 2, (192, 64, 128)))
+    wide = refusal(*arguments(1, 4, 4, 2, (192, 64, 128)))
     assert (wide or "").startswith("heads of 192 + 64 and 128 dims")
 
 
