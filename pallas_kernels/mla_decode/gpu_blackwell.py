@@ -20,7 +20,9 @@ from pallas_kernels.mla_decode.gpu_plan import BLOCK, BUFFERS, TILE_ROWS, GpuPla
 from pallas_kernels.mla_decode.gpu_shared import scratch, shared_refs
 
 COPY_THREAD = 2
-COPY_REGISTERS, COMPUTE_REGISTERS = 96, 208
+REGISTERS = {False: (96, 208), True: (80, 216)}
+"""FP8 cache or not -> registers of a thread that copies, and of one that computes: found by trying, none spill."""
+
 TILE_COLUMNS = 32
 """Of a matrix [64 tokens, columns] tcgen05 takes 32 tokens to either half of the lanes."""
 
@@ -68,15 +70,16 @@ def _body(*refs: Any, plan: GpuPlan, scale: float, out_dtype: Any, **scratch_ref
     shared = shared_refs(scratch_refs, out_dtype)
     work = find_work(operands, plan)
     warpgroup = lax.axis_index("warpgroup")
+    copy_registers, compute_registers = REGISTERS[plan.scaled]
 
     @pl.when(warpgroup == COPY_THREAD)
     def _copy() -> None:
-        plgpu.set_max_registers(COPY_REGISTERS, action="decrease")
+        plgpu.set_max_registers(copy_registers, action="decrease")
         copy_all(shared, operands, plan, work)
 
     @pl.when(warpgroup < COPY_THREAD)
     def _compute() -> None:
-        plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
+        plgpu.set_max_registers(compute_registers, action="increase")
         attention = BlackwellAttention(
             shared, plan, scale, warpgroup, work.tile, work.length, work.first, work.end
         )
