@@ -130,6 +130,8 @@ def _scratch(shape: Shape, x_dtype: Any, weight_dtype: Any, out_dtype: Any) -> d
         return plgpu.Barrier(num_arrivals=arrivals, num_barriers=barriers, orders_tensor_core=True)
 
     panels = plan.stages * plan.panels
+    # Warpgroups that read a stage themselves: of two converters and one panel either takes every other step.
+    readers = plan.finishers if shape.quantized else min(plan.converters, plan.panels)
     out_shape = plan.finishers, plan.tokens // plan.finishers, BLOCK
     return {
         "x_tiles": plgpu.SMEM((plan.stages, plan.tokens, BLOCK), x_dtype, transforms=tile(x_dtype)),
@@ -144,7 +146,8 @@ def _scratch(shape: Shape, x_dtype: Any, weight_dtype: Any, out_dtype: Any) -> d
         else None,
         "products": plgpu.TMEM((BLOCK, plan.ring * plan.tokens), jnp.float32),
         "full": plgpu.Barrier(num_arrivals=1 + plan.panels + shape.quantized, num_barriers=plan.stages),
-        "empty": ordered(1 + (plan.finishers if shape.quantized else 0), plan.stages),
+        "multiplied_from": ordered(1, plan.stages),
+        "read": plgpu.Barrier(num_arrivals=readers, num_barriers=plan.stages) if readers else None,
         "ready": ordered(1, plan.ring) if plan.converters else None,
         "multiplied": ordered(1, plan.ring),
         "free": ordered(plan.finishers, plan.ring),
@@ -211,7 +214,9 @@ def _copy(refs: Refs, shape: Shape) -> None:
 
             @pl.when(step >= plan.stages)
             def _() -> None:
-                plgpu.barrier_wait(refs.empty.at[slot])
+                plgpu.barrier_wait(refs.multiplied_from.at[slot])
+                if refs.read is not None:
+                    plgpu.barrier_wait(refs.read.at[slot])
 
             full = refs.full.at[slot]
             depth = pl.ds((work.first_block + k) * BLOCK, BLOCK)
@@ -250,7 +255,7 @@ def _multiply(refs: Refs, shape: Shape, steps: Any) -> None:
                 tile = refs.tiles.at[slot * plan.panels + panel]
             product = refs.products.at[:, pl.ds(r * plan.tokens, plan.tokens)]
             plgpu.tcgen05_mma(product, tile, x, refs.multiplied.at[r], accumulate=False)
-        plgpu.tcgen05_commit_arrive(refs.empty.at[slot])
+        plgpu.tcgen05_commit_arrive(refs.multiplied_from.at[slot])
 
     lax.fori_loop(0, steps, multiply_step, None)
 
@@ -265,15 +270,17 @@ def _convert(refs: Refs, shape: Shape, steps: Any, index: Any) -> None:
     stride, first = (plan.converters, index) if alternate else (1, 0)
     panels = [index] if plan.converters == plan.panels else range(plan.panels)
 
-    def convert_step(i: Any, carry: None) -> None:
-        step = first + i * stride
+    def convert_step(turn: Any, carry: None) -> None:
+        step = first + turn * stride
         slot = lax.rem(step, plan.stages)
         plgpu.barrier_wait(refs.full.at[slot])
-        for panel in panels:
+        for i, panel in enumerate(panels):
             unit = step * plan.panels + panel
             r = lax.rem(unit, plan.ring)
             tile = refs.tiles[slot * plan.panels + panel]
             tile = plgpu.layout_cast(tile, plgpu.Layout.TCGEN05_TMEM_NATIVE(16))
+            if i == len(panels) - 1:
+                plgpu.barrier_arrive(refs.read.at[slot])
             # There is no instruction from FP8 to bfloat16 that all versions of ptxas know.
             tile = tile.astype(jnp.float16).astype(jnp.float32).astype(jnp.bfloat16)
             tile = plgpu.layout_cast(tile, plgpu.Layout.TCGEN05_TMEM_NATIVE(2))

@@ -1,6 +1,7 @@
 """The last warpgroups of the Blackwell kernel: partial sums from tensor memory to the result."""
 
 import functools
+import math
 from typing import Any
 
 import jax.numpy as jnp
@@ -57,7 +58,7 @@ def finish(refs: Refs, shape: Shape, index: Any) -> None:
 def _pieces(shape: Shape) -> tuple[int, int]:
     """Tokens of a finisher, and of a piece of them."""
     tokens = shape.plan.tokens // shape.plan.finishers
-    return tokens, min(tokens, PIECE)
+    return tokens, tokens if tokens <= PIECE else math.gcd(tokens, PIECE)
 
 
 def _scales(refs: Refs, shape: Shape, work: Work, block: Any) -> tuple[Any, ...]:
@@ -97,7 +98,7 @@ def _sums(refs: Refs, shape: Shape, index: Any, work: Work, scales: tuple[Any, .
                 )
                 for start in starts
             ]
-            plgpu.barrier_arrive(refs.empty.at[slot])
+            plgpu.barrier_arrive(refs.read.at[slot])
         totals = []
         for panel in range(plan.panels):
             place = lax.rem(step * plan.panels + panel, plan.ring)

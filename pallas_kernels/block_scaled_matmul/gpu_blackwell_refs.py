@@ -61,7 +61,8 @@ class Refs:
         converted: bfloat16 [128, ring * 128] in tensor memory.
         products: float32 [128, ring * tokens] in tensor memory.
         full: of each stage: it has been copied.
-        empty: of each stage: products, and scales if there are any, have been taken from it.
+        multiplied_from: of each stage: its products are there.
+        read: of each stage: warpgroups have read what they take from it themselves, tiles to convert or scales.
         ready: of each place in the ring: the tile has been converted.
         multiplied: of each place in the ring: the product is there.
         free: of each place in the ring: the product has been taken.
@@ -83,7 +84,8 @@ class Refs:
     converted: Any
     products: Any
     full: Any
-    empty: Any
+    multiplied_from: Any
+    read: Any
     ready: Any
     multiplied: Any
     free: Any
