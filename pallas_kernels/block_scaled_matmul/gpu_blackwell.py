@@ -280,6 +280,8 @@ def _convert(refs: Refs, shape: Shape, steps: Any, index: Any) -> None:
             tile = refs.tiles[slot * plan.panels + panel]
             tile = plgpu.layout_cast(tile, plgpu.Layout.TCGEN05_TMEM_NATIVE(16))
             if i == len(panels) - 1:
+                # The copy engine may only overwrite what has been read before a fence.
+                plgpu.commit_smem()
                 plgpu.barrier_arrive(refs.read.at[slot])
             # There is no instruction from FP8 to bfloat16 that all versions of ptxas know.
             tile = tile.astype(jnp.float16).astype(jnp.float32).astype(jnp.bfloat16)

@@ -98,6 +98,7 @@ def _sums(refs: Refs, shape: Shape, index: Any, work: Work, scales: tuple[Any, .
                 )
                 for start in starts
             ]
+            plgpu.commit_smem()
             plgpu.barrier_arrive(refs.read.at[slot])
         totals = []
         for panel in range(plan.panels):
