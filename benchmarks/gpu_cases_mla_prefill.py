@@ -4,10 +4,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
+from benchmarks import gpu_xla
 from benchmarks.gpu_case import GpuCase, Tile
-from pallas_kernels.mla_prefill import gpu
+from pallas_kernels.mla_prefill import gpu, reference
 from pallas_kernels.mla_prefill.gpu_blocks import KEYS, QUERIES, STAGES
 
 NOPE, ROPE, VALUE = 128, 64, 128
@@ -33,6 +35,11 @@ def _case(heads: int, queries: int, keys: int, beside: str) -> GpuCase:
         start, segments = (rest[0] if beside == name else None for name in ("start", "segments"))
         return gpu.mla_prefill(q_nope, q_rope, k_nope, k_rope, v, SCALE, start, segments)
 
+    def run_xla(q_nope: Array, q_rope: Array, k_nope: Array, k_rope: Array, v: Array, *rest: Array) -> Array:
+        start, segments = (rest[0] if beside == name else None for name in ("start", "segments"))
+        return reference.mla_prefill(q_nope, q_rope, k_nope, k_rope, v, SCALE, start, segments)
+
+    integers = {"start": keys - queries, "segments": np.arange(queries, dtype=np.int32)[None] // 1024}
     abstract: Any = jax.ShapeDtypeStruct
     shapes = [
         (1, queries, heads, NOPE),
@@ -58,4 +65,6 @@ def _case(heads: int, queries: int, keys: int, beside: str) -> GpuCase:
             stages=STAGES,
             blocks=heads * -(-queries // QUERIES),
         ),
+        integers=(integers[beside],) if beside else (),
+        xla=run_xla if beside else gpu_xla.causal_attention,
     )

@@ -65,6 +65,15 @@ def head_values(context: Array, layer: Array, kv_b: BlockScaled) -> Array:
     return values.reshape(context.shape[0], -1)
 
 
+def causal_attention(q_nope: Array, q_rope: Array, k_nope: Array, k_rope: Array, v: Array) -> Array:
+    """cuDNN's, of whole sequences: it wants keys for every head, and values as wide as keys."""
+    rotary = jnp.broadcast_to(k_rope[:, :, None], (*k_nope.shape[:3], k_rope.shape[-1]))
+    q, k = jnp.concatenate([q_nope, q_rope], axis=-1), jnp.concatenate([k_nope, rotary], axis=-1)
+    padded = jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, k.shape[-1] - v.shape[-1])))
+    out = jax.nn.dot_product_attention(q, k, padded, is_causal=True, implementation="cudnn")
+    return out[..., : v.shape[-1]]
+
+
 def _halves(kv_b: BlockScaled, layer: Array) -> Array:
     """bfloat16 [H, 2, 128, R]."""
     matrix = widened(kv_b, layer)

@@ -1,12 +1,18 @@
 """Fixtures that several parts of the suite share: a small config with all of V3, and a folder of it."""
 
+import os
 from pathlib import Path
 
 import hypothesis
 import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dsv3_jax.config import ModelConfig
 from tests.tiny import write_tokenizer_files
+
+if hasattr(plgpu, "InterpretGPUParams"):
+    # An interpreted warpgroup that waits holds one of the CPU backend's threads, of which there is one a core.
+    os.environ.setdefault("NPROC", str(max(os.cpu_count() or 1, 16)))
 
 # Shrinking an example that has to be compiled anew at every step takes minutes and says little more.
 hypothesis.settings.register_profile(
