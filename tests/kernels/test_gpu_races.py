@@ -35,5 +35,5 @@ def test_a_copy_that_is_waited_for() -> None:
 
 
 def test_a_copy_that_nobody_waits_for() -> None:
-    with pytest.raises(Exception, match="[Rr]ace"):
+    with pytest.raises(Exception, match=r"[Rr]ace"):
         jax.block_until_ready(copy(jnp.arange(256, dtype=jnp.float32), wait=False))
