@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from benchmarks.gpu_case import GpuCase
 
-COLLECTIONS = ("grouped", "matmul", "mla_decode", "mla_heads", "mla_prefill", "route")
+COLLECTIONS = ("grouped", "matmul", "mla_decode", "mla_heads", "mla_prefill", "quantize", "route")
 """One `benchmarks/gpu_cases_<operation>.py` each."""
 
 

@@ -58,5 +58,7 @@ def interpret() -> Any:
         return False
     interpreter = getattr(plgpu, "InterpretGPUParams", None)
     if interpreter is None:
-        raise ImplementationError(f"JAX {jax.__version__} cannot interpret GPU kernels; expected 0.12 or newer")
+        raise ImplementationError(
+            f"JAX {jax.__version__} cannot interpret GPU kernels; expected 0.12 or newer"
+        )
     return interpreter(detect_races=True)

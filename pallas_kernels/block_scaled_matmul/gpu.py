@@ -14,6 +14,7 @@ from pallas_kernels.block_scaled_matmul import gpu_blackwell, gpu_hopper, refere
 from pallas_kernels.gpu_chip import gpu_chip
 from pallas_kernels.gradient import with_gradient_of
 from pallas_kernels.normalize import Norm, rms_norm
+from pallas_kernels.quantize import gpu as quantize_gpu
 from pallas_kernels.quantize.reference import quantize_activations
 from pallas_kernels.stack import float_values, layer_index, stacked
 
@@ -106,8 +107,7 @@ def product(
     """
     row_scales = None
     if activations == "float8" and isinstance(weights[0], BlockScaled):
-        rows, row_scales = quantize_activations(rows, scale_fmt)
-        row_scales = row_scales.T
+        rows, row_scales = _quantize(rows, scale_fmt)
 
     def matrices(array: Array) -> Array:
         if group_sizes is not None:
@@ -127,3 +127,11 @@ def product(
         out_dtype,
         name,
     )
+
+
+def _quantize(rows: Array, scale_fmt: str | None) -> tuple[Array, Array]:
+    """float8_e4m3fn [M, K] and float32 scales [ceil(K / 128), M]."""
+    if quantize_gpu.unsupported(rows) is None:
+        return quantize_gpu.quantize_rows(rows, scale_fmt)
+    values, scales = quantize_activations(rows, scale_fmt)
+    return values, scales.T

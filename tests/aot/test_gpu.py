@@ -86,7 +86,11 @@ def test_decode_step_reads_weights_where_they_lie(
     # Neither a weight nor the cache is copied, and no expert is expanded: the largest array that XLA writes is
     # smaller than any projection, let alone a stack of them.
     assert largest_written(reply)["written_bytes"] < 6 * MB / (1 if devices == 1 else 2)
-    assert kernel_names(reply) == DECODE_KERNELS
+    quantize = {"dsv3_quantize_rows"} if "w8a8" in program else set()
+    assert kernel_names(reply) == DECODE_KERNELS | quantize
+    # 24 in a layer of experts; each costs microseconds, whatever it does.
+    outside = [op for op in reply["operations"] if op["opcode"] in ("fusion", "copy") and not op["scalar"]]
+    assert sum(op["times"] for op in outside) <= 120
     assert [k["name"] for k in reply["kernels"] if k["spilled_bytes"] or k["serialized"]] == []
 
 
