@@ -89,7 +89,7 @@ def _implementation(
     activations: str,
     out_dtype: jnp.dtype,
 ) -> Callable[..., Array]:
-    on_gpu = Kernel(
+    on_gpu: Kernel[Callable[..., Array]] = Kernel(
         gpu.block_scaled_matmul, lambda: gpu.unsupported_product(x, weights, activations, out_dtype)
     )
     # On a GPU, XLA multiplies by a plain matrix as fast as a kernel would, but copies it out of a stack first.

@@ -23,6 +23,7 @@ from pallas_kernels.block_scaled import BLOCK
 from pallas_kernels.block_scaled_matmul.gpu_blackwell_finish import finish
 from pallas_kernels.block_scaled_matmul.gpu_blackwell_plan import BlackwellPlan, choose_plan
 from pallas_kernels.block_scaled_matmul.gpu_blackwell_refs import Refs, Shape, for_items, num_items
+from pallas_kernels.block_scaled_matmul.gpu_parts import sum_parts
 from pallas_kernels.gpu_chip import interpret
 from pallas_kernels.gpu_visits import ROW_ALIGNMENT, GpuVisits, plan_gpu_visits
 
@@ -43,22 +44,7 @@ def multiply(
     out_dtype: jnp.dtype,
     name: str,
 ) -> Array:
-    """x @ W.T, or silu(x @ G.T) * (x @ U.T) of a pair; each group of rows by its own matrix.
-
-    Args:
-        x: [M, K], bfloat16, or float8_e4m3fn with `x_scales`.
-        x_scales: float32 [ceil(K / 128), M], or None: products in bfloat16.
-        values: one weight or a pair, each [L, E, N, K], float8_e4m3fn with `scales`, bfloat16 without.
-        scales: () or as many as values, float32 [L, E, ceil(N / 128), ceil(K / 128)].
-        group_sizes: int32 [E], consecutive rows of each matrix; None: E is 1, and has all rows.
-        row_scale: float32 [M], multiplies the rows of the result in float32, or None.
-        layer: int32 [1], index into L.
-        out_dtype: bfloat16 or float32.
-        name: of the kernel.
-
-    Returns:
-        [M, N] in `out_dtype`; rows beyond the last group are zeros.
-    """
+    """Products by one weight or a pair; arguments and result are those of `gpu_hopper.multiply`."""
     num_rows, depth = x.shape
     _, num_groups, num_columns, _ = values[0].shape
     plan = choose_plan(
@@ -110,13 +96,7 @@ def multiply(
         interpret=interpret(),
         kernel_name=name,
     )(*operands)
-    if not partial:
-        return out[0, 0]
-    products = jnp.sum(out, axis=0)
-    whole = products[0] if len(values) == 1 else jax.nn.silu(products[0]) * products[1]
-    if row_scale is not None:
-        whole *= row_scale[:, None]
-    return whole.astype(out_dtype)
+    return sum_parts(out, row_scale, out_dtype) if partial else out[0, 0]
 
 
 def _scratch(shape: Shape, x_dtype: Any, weight_dtype: Any, out_dtype: Any) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from pallas_kernels.block_scaled_matmul.gpu_hopper_plan import WARPGROUP_ROWS, c
 from pallas_kernels.block_scaled_matmul.gpu_hopper_refs import Refs, Shape, scratch
 from pallas_kernels.block_scaled_matmul.gpu_hopper_tile import copy_tile, multiply_tile, scales_of
 from pallas_kernels.block_scaled_matmul.gpu_hopper_walk import for_tiles
+from pallas_kernels.block_scaled_matmul.gpu_parts import sum_parts
 from pallas_kernels.gpu_chip import interpret
 from pallas_kernels.gpu_visits import ROW_ALIGNMENT, GpuVisits, plan_gpu_visits
 
@@ -104,13 +105,7 @@ def multiply(
         interpret=interpret(),
         kernel_name=name,
     )(*operands)
-    if not partial:
-        return out[0, 0]
-    products = jnp.sum(out, axis=0)
-    whole = products[0] if len(values) == 1 else jax.nn.silu(products[0]) * products[1]
-    if row_scale is not None:
-        whole *= row_scale[:, None]
-    return whole.astype(out_dtype)
+    return sum_parts(out, row_scale, out_dtype) if partial else out[0, 0]
 
 
 def _kernel(layer: Any, *operands: Any, shape: Shape, **buffers: Any) -> None:

@@ -15,7 +15,10 @@ from dsv3_jax.model.functional import decode_step, prefill
 from dsv3_jax.precision import Precision
 
 MI300X = AbstractMesh(
-    (), (), (), abstract_device=AbstractDevice(device_kind="AMD Instinct MI300X", num_cores=304, platform="gpu")
+    (),
+    (),
+    (),
+    abstract_device=AbstractDevice(device_kind="AMD Instinct MI300X", num_cores=304, platform="gpu"),
 )
 
 
