@@ -16,7 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.block_scaled import BLOCK
 from pallas_kernels.gpu_chip import interpret
 from pallas_kernels.gpu_compat import store
-from pallas_kernels.quantize.rounding import AMAX_FLOOR, FLOAT8_MAX, round_up_to_power_of_two
+from pallas_kernels.quantize.rounding import float8_scales, round_to_float8
 
 ROWS = 64
 """Tokens of a thread block."""
@@ -91,11 +91,9 @@ def _quantize(
     plgpu.copy_gmem_to_smem(x.at[rows, columns], tile, here)
     plgpu.barrier_wait(here)
     wide = plgpu.layout_cast(tile[...], plgpu.Layout.WGMMA).astype(jnp.float32)
-    scale = jnp.maximum(jnp.max(jnp.abs(wide), axis=1), AMAX_FLOOR) / FLOAT8_MAX
-    if scale_fmt == "ue8m0":
-        scale = round_up_to_power_of_two(scale)
+    scale = float8_scales(jnp.max(jnp.abs(wide), axis=1), scale_fmt)
     divisors = plgpu.layout_cast(lax.broadcast_in_dim(scale, wide.shape, (0,)), plgpu.Layout.WGMMA)
-    store(quantized, (wide / divisors).astype(quantized.dtype))
+    store(quantized, round_to_float8(wide, divisors))
     store(numbers, scale)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(quantized, values.at[rows, columns])
