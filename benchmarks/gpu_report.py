@@ -19,9 +19,9 @@ REGISTERS_AN_SM = 65536
 PREFACE = """\
 # GPU kernels: what was compiled, and what that says
 
-Made by `python -m benchmarks.gpu_report` from the results of `python -m benchmarks.gpu_check` with jax {versions}; not
-to be edited. Every kernel was compiled to machine code by XLA, Mosaic GPU and `ptxas` at V3's shapes, whole (TP 1) and
-cut by eight (TP 8). {measured}
+Made by `python -m benchmarks.gpu_report` from the results of `python -m benchmarks.gpu_check` with jax {versions};
+not to be edited. Every kernel was compiled to machine code by XLA, Mosaic GPU and `ptxas` at V3's shapes, whole (TP 1)
+and cut by eight (TP 8). {measured}
 The arithmetic of each was run by Mosaic's interpreter on a CPU against the references (`tests/kernels/test_*_gpu.py`),
 at small shapes. cuDNN, NCCL and cuBLAS were not involved.
 
@@ -36,6 +36,24 @@ at small shapes. cuDNN, NCCL and cuBLAS were not involved.
 - **floor**: microseconds that the operation's bytes take at the chip's peak bandwidth, or its FLOPs at the peak of the
   tensor cores, whichever is longer: no kernel can be faster.
 - **fill**: blocks with work over the SMs times the blocks that each holds: below 1 some SMs stand idle.
+
+## How near the chip's bandwidth they should come
+
+Decode is bound by memory: a kernel can reach 80 % of the bandwidth where the bytes in flight cover the latency, the
+tensor cores and the conversion of FP8 keep up, and all SMs have work. For the weights of a decode step the first two
+hold ("in flight" above the need, "tensor" below 1), and by instruction counts a Hopper SM converts 25-30 bytes a clock,
+of which memory brings 14.5 (h100) or 20.8 (h200). Where "fill" is well below 1 (TP 8, heads cut by eight) SMs stand
+idle, and the share will be lower. Latent attention of 128 heads is bound by its products, not by memory; its FP8 cache
+costs the conversion besides (estimates are in decisions.md). For many tokens "tensor" is what the bytes of a stage
+would cost from device memory; most of them come from the second-level cache.
+
+The best published kernels of their kind, on an H800 SXM5 (peaks as an H100's), and what a step of theirs and ours needs:
+
+| | published in its README | of the peak | tensor-core work of a step |
+| --- | --- | --- | --- |
+| FlashMLA, bound by memory | 3000 GB/s | 90 % | 64 query rows x 64 tokens x (576 + 512), no product twice |
+| FlashMLA, bound by products | 660 TFLOP/s | 67 % | the same |
+| DeepGEMM, W8A8, many rows | 1550 TFLOP/s | 78 % | 4 instructions of depth 32 for every 128 of K, summed afresh |
 """
 HEADER = (
     "| shape | chip | registers | shared | instructions | in flight | tensor | floor | fill |\n"
