@@ -47,7 +47,7 @@ idle, and the share will be lower. Latent attention of 128 heads is bound by its
 costs the conversion besides (estimates are in decisions.md). For many tokens "tensor" is what the bytes of a stage
 would cost from device memory; most of them come from the second-level cache.
 
-The best published kernels of their kind, on an H800 SXM5 (peaks as an H100's), and what a step of theirs and ours needs:
+The best published kernels of their kind, on an H800 SXM5 (peaks as an H100's), and what a step of both needs:
 
 | | published in its README | of the peak | tensor-core work of a step |
 | --- | --- | --- | --- |
