@@ -41,11 +41,11 @@ at small shapes. cuDNN, NCCL and cuBLAS were not involved.
 
 Decode is bound by memory: a kernel can reach 80 % of the bandwidth where the bytes in flight cover the latency, the
 tensor cores and the conversion of FP8 keep up, and all SMs have work. For the weights of a decode step the first two
-hold ("in flight" above the need, "tensor" below 1), and by instruction counts a Hopper SM converts 25-30 bytes a clock,
-of which memory brings 14.5 (h100) or 20.8 (h200). Where "fill" is well below 1 (TP 8, heads cut by eight) SMs stand
-idle, and the share will be lower. Latent attention of 128 heads is bound by its products, not by memory; its FP8 cache
-costs the conversion besides (estimates are in decisions.md). For many tokens "tensor" is what the bytes of a stage
-would cost from device memory; most of them come from the second-level cache.
+hold ("in flight" above the need, "tensor" below 1), and a Hopper SM converts 25-30 bytes a clock (counted by hand in
+the machine code), of which memory brings 14.5 (h100) or 20.8 (h200). Where "fill" is well below 1 (TP 8, heads cut by
+eight) SMs stand idle, and the share will be lower. Latent attention of 128 heads is bound by its products, not by
+memory; its FP8 cache costs the conversion besides (estimates are in decisions.md). For many tokens "tensor" is what the
+bytes of a stage would cost from device memory; most of them come from the second-level cache.
 
 The best published kernels of their kind, on an H800 SXM5 (peaks as an H100's), and what a step of both needs:
 

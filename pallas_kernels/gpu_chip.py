@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -11,6 +11,7 @@ from pallas_kernels.errors import ImplementationError
 from pallas_kernels.target import target
 
 KIB = 1 << 10
+Kernels = TypeVar("Kernels")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +44,12 @@ def gpu_chip() -> GpuChip | None:
     if platform == "cpu":
         return GpuChip("hopper", 132)
     return next((chip for pattern, chip in _KINDS if re.match(pattern, kind)), None)
+
+
+def of_generation(hopper: Kernels, blackwell: Kernels) -> Kernels:
+    """Whichever of the two is for the chip compiled for."""
+    chip = gpu_chip()
+    return blackwell if chip is not None and chip.generation == "blackwell" else hopper
 
 
 def interpret() -> Any:

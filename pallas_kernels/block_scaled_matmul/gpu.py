@@ -1,7 +1,8 @@
 """Block-scaled matmul on a GPU: what surrounds the kernels of the two generations, and is left to XLA.
 
-RMSNorm, the quantisation of activations and the residual are XLA's, which fuses each into a kernel or two; the
-product itself is `multiply` of `gpu_hopper` or `gpu_blackwell`, for this operation and for the grouped matmul.
+RMSNorm and the residual are XLA's, which fuses each into a kernel or two; activations are quantised by a kernel of
+their own, or by XLA where their shape does not fit that. The product itself is `multiply` of `gpu_hopper` or
+`gpu_blackwell`, for this operation and for the grouped matmul.
 """
 
 import functools
@@ -11,7 +12,7 @@ from jax import Array
 
 from pallas_kernels.block_scaled import BLOCK, BlockScaled, Weight
 from pallas_kernels.block_scaled_matmul import gpu_blackwell, gpu_hopper, reference
-from pallas_kernels.gpu_chip import gpu_chip
+from pallas_kernels.gpu_chip import of_generation
 from pallas_kernels.gradient import with_gradient_of
 from pallas_kernels.normalize import Norm, rms_norm
 from pallas_kernels.quantize import gpu as quantize_gpu
@@ -114,9 +115,7 @@ def product(
             return stacked(array, layer, 4)
         return stacked(array, layer, 3)[:, None]
 
-    chip = gpu_chip()
-    blackwell = chip is not None and chip.generation == "blackwell"
-    return (gpu_blackwell if blackwell else gpu_hopper).multiply(
+    return of_generation(gpu_hopper, gpu_blackwell).multiply(
         rows,
         row_scales,
         tuple(matrices(float_values(weight)) for weight in weights),

@@ -28,7 +28,7 @@ def grouped_matmul(
 ) -> Array:
     """One matrix a group, or gate and up of SwiGLU; arguments as of the public functions.
 
-    `visits` is not used: its row tiles are aligned, those of these kernels begin at the first row of a group.
+    `visits` is not used: its row tiles may have rows of two groups, those of these kernels have rows of one.
     """
     formats = {"activations": activations, "scale_fmt": scale_fmt}
     function = with_gradient_of(

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jax import Array, lax
 
-from pallas_kernels.gpu_chip import gpu_chip
+from pallas_kernels.gpu_chip import of_generation
 from pallas_kernels.mla_decode import gpu_blackwell, gpu_hopper
 from pallas_kernels.mla_decode.gpu_plan import ROPE_COLUMNS, ROW_TILE
 
@@ -48,7 +48,5 @@ def mla_decode(
     """Arguments as of the public function."""
     if cache.dtype == jnp.uint8:
         cache = lax.bitcast_convert_type(cache, jnp.float8_e4m3fn)
-    chip = gpu_chip()
-    blackwell = chip is not None and chip.generation == "blackwell"
-    kernel = gpu_blackwell if blackwell else gpu_hopper
-    return kernel.mla_decode(q_latent, q_rope, cache, lengths, scale, layer, cache_scales, page_table)
+    kernels = of_generation(gpu_hopper, gpu_blackwell)
+    return kernels.mla_decode(q_latent, q_rope, cache, lengths, scale, layer, cache_scales, page_table)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels.block_scaled import BLOCK, BlockScaled, Weight
-from pallas_kernels.gpu_chip import gpu_chip
+from pallas_kernels.gpu_chip import of_generation
 from pallas_kernels.mla_heads import gpu_blackwell, gpu_hopper
 from pallas_kernels.mla_heads.gpu_weights import KeyValueWeights
 from pallas_kernels.rotary import rotate
@@ -47,15 +46,14 @@ def absorb_queries(
 ) -> tuple[Array, Array]:
     num_rows, head_width = q.shape[0], dims.qk_nope_head_dim + dims.qk_rope_head_dim
     weights = KeyValueWeights.of(kv_b, layer)
-    q_latent = _kernels().absorb(q, weights, head_width).reshape(num_rows, weights.heads, weights.rank)
+    q_latent = (
+        of_generation(gpu_hopper, gpu_blackwell)
+        .absorb(q, weights, head_width)
+        .reshape(num_rows, weights.heads, weights.rank)
+    )
     q_rope = q.reshape(num_rows, weights.heads, head_width)[:, :, dims.qk_nope_head_dim :]
     return q_latent, rotate(q_rope, rope[:, None])
 
 
 def head_values(context: Array, kv_b: Weight, dims: HeadDims, layer: Array | int | None) -> Array:
-    return _kernels().values(context, KeyValueWeights.of(kv_b, layer))
-
-
-def _kernels() -> ModuleType:
-    chip = gpu_chip()
-    return gpu_blackwell if chip is not None and chip.generation == "blackwell" else gpu_hopper
+    return of_generation(gpu_hopper, gpu_blackwell).values(context, KeyValueWeights.of(kv_b, layer))

@@ -2,7 +2,7 @@
 
 from jax import Array
 
-from pallas_kernels.gpu_chip import gpu_chip
+from pallas_kernels.gpu_chip import of_generation
 from pallas_kernels.gradient import with_gradient_of
 from pallas_kernels.mla_prefill import gpu_blackwell, gpu_hopper, reference
 from pallas_kernels.mla_prefill.gpu_blocks import Work
@@ -37,8 +37,7 @@ def mla_prefill(
         return reference.mla_prefill(*arrays, scale, start, segment_ids)
 
     def kernel(arrays: Heads, start: Array | None, segment_ids: Array | None) -> Array:
-        chip = gpu_chip()
-        kernels = gpu_blackwell if chip is not None and chip.generation == "blackwell" else gpu_hopper
+        kernels = of_generation(gpu_hopper, gpu_blackwell)
         out = kernels.attend(Work.of(*arrays, scale, start, segment_ids))
         return out[..., : v.shape[-1]]
 
