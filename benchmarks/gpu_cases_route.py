@@ -29,7 +29,7 @@ def _case(model: str, tokens: int, experts: int, rule: Rule) -> GpuCase:
             jax.ShapeDtypeStruct((LAYERS, experts), jnp.float32),
             jax.ShapeDtypeStruct((1,), jnp.int32),
         ),
-        instructions={"h100": "", "b200": ""},
+        instructions={"h100": "", "h200": "", "b200": ""},
         ideal_bytes=2 * tokens * experts * 4,
         flops=0,
         tile=Tile(bytes=2 * experts * 4, flops=0, stages=1, blocks=tokens),
